@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model families: where things are in each of them. A family is one file with one `Adapter`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vtoken.adapters.base import Adapter
+from vtoken.adapters.llava import LlavaAdapter
+from vtoken.adapters.llava_next import LlavaNextAdapter
+
+ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, LlavaNextAdapter)
+
+__all__ = ["ADAPTERS", "Adapter", "LlavaAdapter", "LlavaNextAdapter", "adapter_for", "families"]
+
+
+def families() -> dict[str, type[Adapter]]:
+    """``config.model_type`` -> adapter."""
+    return {model_type: adapter for adapter in ADAPTERS for model_type in adapter.model_types}
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model.
+
+    Raises
+    ------
+    TypeError
+        If no adapter knows it.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    known = families()
+    if model_type not in known:
+        what = f"of type {model_type!r} ({type(model).__name__})" if model_type else f"{type(model).__name__}"
+        raise TypeError(f"No adapter knows the model {what}: supported are {', '.join(sorted(known))}.")
+    return known[model_type](model)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the session must know about a model family. The base class covers most of transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.context import ItemLayout
+
+if TYPE_CHECKING:
+    from vtoken.session import Session
+
+IMAGE, VIDEO = 1, 2
+MODALITIES = {"image": IMAGE, "video": VIDEO}
+
+
+class Adapter:
+    """Where things are in one model; nothing about methods.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the user calls ``generate`` on.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    """``config.model_type`` values the family serves."""
+    pixel_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+    attention_norm: ClassVar[str] = "input_layernorm"
+    """Name of the norm before the attention of a decoder layer."""
+    leading_tokens: int = 0
+    """Tokens of the tower before the first patch: 1 for [CLS]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = self.generator = model
+        self.outer: nn.Module | None = model.model
+        self.language_model: nn.Module = getattr(self.outer, "language_model", None) or self.outer.text_model
+        self.layers: nn.ModuleList = self.language_model.layers
+        self.placeholders = {code: self._placeholder(name) for name, code in MODALITIES.items()}
+
+    def _placeholder(self, modality: str) -> int | None:
+        config = self.model.config
+        names = (f"{modality}_token_id", f"{modality}_token_index")
+        return next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+
+    def modality(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, S) long: 0 text, 1 image, 2 video."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        out = torch.zeros(given.shape[:2], dtype=torch.long, device=given.device)
+        for code, token in self.placeholders.items():
+            if token is None:
+                continue
+            if input_ids is not None:
+                here = input_ids == token
+            else:
+                row = self.model.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+                here = (inputs_embeds == row).all(-1)
+            out = torch.where(here, code, out)
+        return out
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """The attention module of a decoder layer."""
+        return layer.self_attn
+
+    def cut_extras(self, kwargs: dict[str, Any], index: Tensor, valid: Tensor) -> dict[str, Any]:
+        """Shorten further per-token arguments of the language model's call (deepstack features)."""
+        return kwargs
+
+    def install(self, session: Session) -> None:
+        """Further instance-level wraps (`Session.wrap_method`), undone by the session."""
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision encoder."""
+        names = ("vision_tower", "visual", "vision_model")
+        return next(getattr(self.outer, name) for name in names if hasattr(self.outer, name))
+
+    @property
+    def projector(self) -> nn.Module:
+        """The module that turns encoder features into language-model embeddings."""
+        names = ("multi_modal_projector", "connector", "merger")
+        places = (self.outer, self.tower)
+        return next(getattr(place, name) for place in places for name in names if hasattr(place, name))
+
+    def vision_attention(self, layer: int) -> nn.Module:
+        """The attention module of a block of the tower."""
+        blocks = max((m for m in self.tower.modules() if isinstance(m, nn.ModuleList)), key=len)
+        if not -len(blocks) <= layer < len(blocks):
+            raise ValueError(f"The vision tower has {len(blocks)} blocks, so layer {layer} does not exist.")
+        names = ("self_attn", "attn", "attention")
+        return next(getattr(blocks[layer], name) for name in names if hasattr(blocks[layer], name))
+
+    def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        """Bring per-patch maps to token order.
+
+        Parameters
+        ----------
+        parts : list of Tensor
+            (views, patches, C) each, as the tower computed them.
+        modality : str
+            ``"image"`` or ``"video"``.
+        call : dict
+            The arguments of the ``get_*_features`` call.
+
+        Returns
+        -------
+        Tensor
+            (T, C) in the order of the model's features, NaN for separators.
+        """
+        raise ValueError(
+            f"{type(self.model).__name__} has no mapping from encoder patches to tokens: "
+            "use a reducer that needs no encoder attention."
+        )
+
+    def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
+        """The layout of each item; by default one view whose grid is the most square one that fits."""
+        return [single_view(*squarest_grid(length)) for length in lengths]
+
+
+def squarest_grid(length: int) -> tuple[int, int]:
+    """(rows, columns) with rows * columns == length, as square as possible, no more rows than columns."""
+    rows = next(r for r in range(int(length**0.5), 0, -1) if length % r == 0)
+    return rows, length // rows
+
+
+def single_view(rows: int, columns: int) -> ItemLayout:
+    """One full grid in raster order."""
+    index = torch.arange(rows * columns)
+    return ItemLayout(torch.zeros_like(index), index // columns, index % columns, ((rows, columns),))

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-1.5 and VipLLaVA: one view per image, one token per patch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.adapters.base import Adapter, single_view
+from vtoken.context import ItemLayout
+
+
+class LlavaAdapter(Adapter):
+    """`transformers.LlavaForConditionalGeneration` with a CLIP or SigLIP tower."""
+
+    model_types = ("llava", "vipllava")
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        vision = model.config.vision_config
+        self.side = vision.image_size // vision.patch_size
+        self.leading_tokens = int("clip" in vision.model_type)
+
+    def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        return torch.cat(parts).flatten(0, 1)
+
+    def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
+        return [single_view(self.side, length // self.side) for length in lengths]

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sentences for wrong input."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EvalError(ValueError):
+    """Wrong input or surroundings of an evaluation; the message is one sentence that says what to do."""
+
+
+class MissingExtra(EvalError):
+    """A package of an optional extra is not installed."""
+
+    def __init__(self, what: str, package: str, extra: str = "eval") -> None:
+        super().__init__(f'{what} needs {package}, which is not installed: pip install "vtoken[{extra}]".')
+
+
+def unknown(what: str, name: str, known: Iterable[str], listing: str = "") -> EvalError:
+    """The error for an unknown name, with the nearest known one.
+
+    Parameters
+    ----------
+    what : str
+        Kind of thing, capitalized by the caller's sentence: ``"task"``, ``"model"``.
+    name : str
+        What was given.
+    known : iterable of str
+        What would have been possible.
+    listing : str
+        How to see all of them, used where nothing is near and the list is long.
+    """
+    names = sorted(map(str, known))
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    elif listing:
+        hint = f"{listing}."
+    else:
+        hint = f"known are {', '.join(names)}."
+    return EvalError(f"Unknown {what} {name!r}: {hint}")

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only place that imports and drives lmms-eval: one task, one loaded model, one call.
+
+lmms-eval is used for tasks, prompts and scoring. What it does to a program that embeds it is undone here: importing it
+removes all loguru sinks and adds warning filters, evaluating draws progress bars.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from vtoken.eval.errors import EvalError, MissingExtra
+
+REASONING_TAGS = '[["<think>","</think>"],["<analysis>","</analysis>"]]'  # the default of lmms-eval's command line
+
+
+def is_installed() -> bool:
+    """Whether lmms-eval can be imported, without importing it."""
+    return importlib.util.find_spec("lmms_eval") is not None
+
+
+@functools.cache
+def load_harness() -> Any:
+    """Import ``lmms_eval.evaluator``; takes seconds, the host's log sinks and warning filters survive.
+
+    Raises
+    ------
+    MissingExtra
+        If lmms-eval is not installed.
+    """
+    if not is_installed():
+        raise MissingExtra("Evaluation", "lmms-eval")
+    from loguru import logger
+
+    quiet = lambda *args, **kwargs: 0  # noqa: E731
+    with warnings.catch_warnings(), mock.patch.object(logger, "remove", quiet), mock.patch.object(logger, "add", quiet):
+        logger.disable("lmms_eval")
+        try:
+            return importlib.import_module("lmms_eval.evaluator")
+        finally:
+            logger.enable("lmms_eval")
+
+
+@contextlib.contextmanager
+def _quiet(evaluator: Any) -> Iterator[None]:
+    """No progress bars and no log lines while lmms-eval works: both would tear our own display."""
+    from loguru import logger
+    from tqdm import tqdm
+
+    task_module = importlib.import_module("lmms_eval.api.task")
+    silent = lambda *args, **kwargs: tqdm(*args, **{**kwargs, "disable": True})  # noqa: E731
+    logger.disable("lmms_eval")
+    try:
+        with mock.patch.object(evaluator, "tqdm", silent), mock.patch.object(task_module, "tqdm", silent):
+            yield
+    finally:
+        logger.enable("lmms_eval")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What lmms-eval found: its log of every sample, sorted by document, and its aggregated metrics."""
+
+    samples: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+
+def evaluate(model: Any, task: Any, *, limit: int | None, seed: int, output: Path) -> Evaluation:
+    """Run one task on a loaded model.
+
+    Parameters
+    ----------
+    model : ReducedModel
+        The model, with its reducer at work.
+    task : lmms_eval.api.task.Task
+        A task object; it can be used again.
+    limit : int, optional
+        Number of documents. lmms-eval would take a fraction of the first task for all of them: absolute numbers only.
+    seed : int
+        Of Python, numpy and torch.
+    output : Path
+        Where tasks write submission files.
+    """
+    evaluator = load_harness()
+    # Without cli_args lmms-eval strips no reasoning tags, decodes every image twice and writes into the working
+    # directory (`lmms_eval.evaluator.evaluate`).
+    arguments = argparse.Namespace(
+        output_path=str(output), process_with_media=False, reasoning_tags=REASONING_TAGS, log_samples=True
+    )
+    with _quiet(evaluator):
+        results = evaluator.simple_evaluate(
+            model=model,
+            model_args=str(model),
+            tasks=[task],
+            task_manager=empty_manager(),
+            limit=limit,
+            bootstrap_iters=0,
+            cli_args=arguments,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            process_docs_parallel=1,
+        )
+    name = task.config.task
+    first_filter = {sample["doc_id"]: sample for sample in reversed(results["samples"][name])}
+    if not first_filter:
+        raise EvalError(f"The task {name!r} has no documents.")
+    return Evaluation([first_filter[doc_id] for doc_id in sorted(first_filter)], dict(results["results"][name]))
+
+
+@functools.cache
+def empty_manager() -> Any:
+    """A task manager without tasks: lmms-eval would index its 1,900 YAML files at every call."""
+    load_harness()
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False)

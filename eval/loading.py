@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models to evaluate: embedded ones, folders and hub checkpoints, told apart by name and pinned by their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtoken.adapters import families
+from vtoken.eval.errors import EvalError, unknown
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to load a model.
+
+    Parameters
+    ----------
+    pretrained : str
+        Name of an embedded model, a folder, or a hub id.
+    revision : str, optional
+        Branch, tag or commit of a hub id.
+    dtype : str
+        ``"auto"`` takes the checkpoint's.
+    device, device_map, attn_implementation : str, optional
+        As in transformers; by default the accelerator of this process, if there is one.
+    """
+
+    pretrained: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        if self.device and self.device_map:
+            raise EvalError(f"Give device={self.device!r} or device_map={self.device_map!r}, not both.")
+
+    @property
+    def kind(self) -> str:
+        """``"embedded"``, ``"folder"`` or ``"hub"``."""
+        from vtoken import mini
+
+        if self.pretrained in mini.names():
+            return "embedded"
+        if Path(self.pretrained).is_dir():
+            return "folder"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", self.pretrained) and not self.pretrained.startswith("."):
+            return "hub"
+        raise unknown("model", self.pretrained, mini.names(), _kinds())
+
+    @property
+    def target(self) -> str:
+        """The device the model goes to."""
+        if self.device:
+            return self.device
+        from accelerate import PartialState
+
+        return str(PartialState().device)  # under accelerate and torchrun: the device of this rank
+
+
+def _kinds() -> str:
+    from vtoken import mini
+
+    return f"give an embedded model ({', '.join(mini.names())}), a folder, or a hub id such as llava-hf/llava-1.5-7b-hf"
+
+
+def weights_id(spec: ModelSpec) -> str:
+    """What pins the weights: the hub commit, or a hash over the files of a folder.
+
+    Raises
+    ------
+    EvalError
+        If there is no such model.
+    """
+    kind = spec.kind
+    if kind == "hub":
+        return str(getattr(_config(spec), "_commit_hash", None))
+    return folder_digest(embedded_folder(spec.pretrained) if kind == "embedded" else Path(spec.pretrained))
+
+
+def embedded_folder(name: str) -> Path:
+    """The checkpoint folder of an embedded model."""
+    from vtoken import mini
+
+    return Path(mini.path(name))
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over the names and contents of a checkpoint's files."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def model_type(spec: ModelSpec) -> str:
+    """``config.model_type``, read without the weights.
+
+    Raises
+    ------
+    EvalError
+        If there is no such model, or no adapter knows its type.
+    """
+    found = str(_config(spec).model_type)
+    if found not in families():
+        raise EvalError(
+            f"No adapter knows the model {spec.pretrained!r} of type {found!r}: supported are "
+            f"{', '.join(sorted(families()))}."
+        )
+    return found
+
+
+def _config(spec: ModelSpec) -> Any:
+    from transformers import AutoConfig
+
+    where: str | Path = embedded_folder(spec.pretrained) if spec.kind == "embedded" else spec.pretrained
+    try:
+        return AutoConfig.from_pretrained(where, revision=spec.revision)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise EvalError(f"The model {spec.pretrained!r} cannot be read: {_first_sentence(error)}") from error
+
+
+def load_model(spec: ModelSpec) -> tuple[Any, Any]:
+    """Load model and processor; the tokenizer pads on the left.
+
+    Raises
+    ------
+    EvalError
+        If the model is unknown, its files are damaged or incomplete, or it does not fit.
+    """
+    try:
+        model, processor = _embedded(spec) if spec.kind == "embedded" else _checkpoint(spec)
+    except EvalError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and torch raise types of their own
+        raise EvalError(f"The model {spec.pretrained!r} cannot be loaded: {_first_sentence(error)}") from error
+    processor.tokenizer.padding_side = "left"
+    if spec.device_map is None:
+        model.to(spec.target)
+    return model.eval(), processor
+
+
+def _embedded(spec: ModelSpec) -> tuple[Any, Any]:
+    from vtoken import mini
+
+    model, processor = mini.load(spec.pretrained)
+    if spec.attn_implementation:
+        model.set_attn_implementation(spec.attn_implementation)
+    return (model if spec.dtype == "auto" else model.to(getattr(torch, spec.dtype))), processor
+
+
+def _checkpoint(spec: ModelSpec) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    options = {"device_map": spec.device_map, "attn_implementation": spec.attn_implementation}
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        spec.pretrained,
+        revision=spec.revision,
+        dtype=spec.dtype,
+        output_loading_info=True,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    if missing := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        # transformers fills them with random numbers and only warns
+        raise EvalError(
+            f"The weights of {spec.pretrained!r} are incomplete: {missing[0]!r} and {len(missing) - 1} more are missing."
+        )
+    return model, AutoProcessor.from_pretrained(spec.pretrained, revision=spec.revision)
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".") + "."

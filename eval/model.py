@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lmms-eval model: a stock checkpoint with a reducer at work, batched, greedy, and loud when something breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from lmms_eval.utils import simple_parse_args_string
+
+import vtoken
+from vtoken.eval.arguments import positive_int, split_arguments
+from vtoken.eval.counts import SampleCounts, Visual, count_pruned, count_unpruned
+from vtoken.eval.generation import cut_at, generation_options
+from vtoken.eval.loading import ModelSpec, load_model
+from vtoken.eval.samplelog import SampleLog
+from vtoken.reducers.base import Reducer
+from vtoken.wrapping import session_of
+
+Conversation = list[dict[str, Any]]
+
+
+class ReducedModel(lmms):
+    """A vision-language model under one reducer at a time.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+        What to load.
+    reducer : Reducer, optional
+        None leaves the model unpruned.
+    batch_size : int
+        Prompts per forward pass, padded on the left.
+    max_new_tokens : int, optional
+        Wins over the task's.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self, spec: ModelSpec, reducer: Reducer | None = None, batch_size: int = 1, max_new_tokens: int | None = None
+    ) -> None:
+        super().__init__()
+        self.spec, self.batch_size, self.max_new_tokens = spec, batch_size, max_new_tokens
+        self.model, self.processor = load_model(spec)
+        self.log: SampleLog | None = None
+        self.on_answers: Callable[[int], None] = lambda count: None
+        self.reducer: Reducer | None = None
+        self.use(reducer)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> ReducedModel:
+        """Build from ``--model_args``; called by lmms-eval."""
+        with _loud():
+            outer = {name: value for name, value in (additional_config or {}).items() if value is not None}
+            arguments = {**outer, **simple_parse_args_string(arg_string)}
+            spec, reducer = split_arguments(arguments)
+            limit = arguments.get("max_new_tokens")
+            return cls(
+                spec,
+                reducer,
+                positive_int("batch_size", arguments.get("batch_size", 1)),
+                None if limit is None else positive_int("max_new_tokens", limit),
+            )
+
+    def use(self, reducer: Reducer | None) -> None:
+        """Put another reducer to work, or none."""
+        if session_of(self.model) is not None:
+            vtoken.unwrap(self.model)
+        if reducer is not None:
+            vtoken.wrap(self.model, reducer)
+        self.reducer = reducer
+
+    def __str__(self) -> str:
+        """Names the reducer: lmms-eval's response cache uses this as its key."""
+        return f"vtoken({self.spec}, reducer={self.reducer.config() if self.reducer else None})"
+
+    def clean(self) -> None:
+        """Keep the model: lmms-eval would delete it at the end of every evaluation."""
+
+    @property
+    def device(self) -> Any:
+        """Needed by lmms-eval under data parallelism."""
+        return self.model.device
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer all requests, in their order; any failure is raised."""
+        with _loud():
+            found: dict[int, dict[str, Any]] = {}
+            for numbers in self._batches(requests):
+                answers = self._answer_batch([requests[i] for i in numbers])
+                found.update(zip(numbers, answers, strict=True))
+                self.on_answers(len(numbers))
+        return [GenerationResult(found[i]["text"], SampleCounts(**found[i]["counts"])) for i in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
+        """Numbers of the requests of each batch: only requests with the same generation arguments share one."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(number)
+        for group in groups.values():
+            yield from (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size))
+
+    def _answer_batch(self, batch: Sequence[Instance]) -> list[dict[str, Any]]:
+        """From the log if it has the whole batch: an answer must not depend on where a run was interrupted."""
+        conversations = [self._conversation(request) for request in batch]
+        keys = [_key(request, talk) for request, talk in zip(batch, conversations, strict=True)]
+        if self.log is not None and all(self.log.get(key) for key in keys):
+            return [self.log.get(key) or {} for key in keys]
+        answers = self.answer(conversations, batch[0].args[2])
+        if self.log is not None:
+            self.log.add(dict(zip(keys, answers, strict=True)))
+        return answers
+
+    def _conversation(self, request: Instance) -> Conversation:
+        _, doc_to_messages, _, doc_id, task, split = request.args
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        return messages.to_hf_messages()
+
+    def encode(self, conversations: Sequence[Conversation]) -> Any:
+        """Model inputs of a left-padded batch."""
+        inputs = self.processor.apply_chat_template(
+            list(conversations),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        )
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def answer(self, conversations: Sequence[Conversation], arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Generate: ``{"text": ..., "counts": {...}}`` for each conversation."""
+        inputs = self.encode(conversations)
+        options = generation_options(arguments, self.max_new_tokens)
+        tokenizer = self.processor.tokenizer
+        out = self.model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        texts = [cut_at(text, arguments.get("until")) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        visual = self._visual(inputs["input_ids"], options["num_beams"])
+        asked = inputs["attention_mask"].sum(1).tolist()
+        given = (new != tokenizer.pad_token_id).sum(1).tolist()
+        return [
+            {"text": text, "counts": {"input_tokens": i, "output_tokens": o, **v.as_dict()}}
+            for text, i, o, v in zip(texts, asked, given, visual, strict=True)
+        ]
+
+    def _visual(self, input_ids: Any, beams: int) -> list[Visual]:
+        whole = count_unpruned(input_ids, self.model.config)
+        if self.reducer is None or self.reducer.is_identity or not any(v.visual_tokens for v in whole):
+            return whole
+        return count_pruned(vtoken.stats(self.model), len(input_ids), beams)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not offered."""
+        raise NotImplementedError("The vtoken model answers by generation only: choose a generate_until task.")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not offered."""
+        raise NotImplementedError("The vtoken model answers single questions only: choose a generate_until task.")
+
+
+def _key(request: Instance, conversation: Conversation) -> str:
+    """Fingerprint of a question: document, prompt, pixels and generation arguments."""
+    _, _, arguments, doc_id, task, split = request.args
+    digest = hashlib.sha256(json.dumps([task, split, doc_id, arguments], sort_keys=True, default=str).encode())
+    for part in itertools.chain.from_iterable(message["content"] for message in conversation):
+        value = part[part["type"]]
+        digest.update(value.tobytes() if hasattr(value, "tobytes") else str(value).encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _loud() -> Iterator[None]:
+    """Under lmms-eval's command line a failure ends the process.
+
+    That command line prints exceptions and exits with 0 (`lmms_eval.__main__.cli_evaluate`); only what is no
+    `Exception` passes.
+    """
+    try:
+        yield
+    except Exception:
+        main = getattr(sys.modules.get("__main__"), "__spec__", None)
+        if "lmms_eval.__main__" not in sys.modules and getattr(main, "name", "") != "lmms_eval.__main__":
+            raise
+        traceback.print_exc()
+        raise SystemExit(1) from None

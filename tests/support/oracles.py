@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Independent references for pruned runs, and small helpers of the session tests."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import tiny
+import torch
+from torch import Tensor, nn
+
+import vtoken
+from vtoken.reducers.base import Reducer
+
+GREEDY = {"do_sample": False, "suppress_tokens": [tiny.IMAGE_ID, tiny.VIDEO_ID]}
+TOLERANCE = {"atol": 5e-5, "rtol": 1e-4}
+
+
+def content_score(features: Tensor) -> Tensor:
+    """A fixed random projection: the same choice for a token wherever it stands."""
+    weight = torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0))
+    return features.float() @ weight
+
+
+@dataclass(frozen=True)
+class TestReducer(Reducer):
+    """Cuts by content before the language model (``before``) and before given layers; a ratio of what is left."""
+
+    __test__ = False
+    name = "test"
+    before: float | None = None
+    at: tuple[tuple[int, float], ...] = ()
+
+    def _cut(self, ctx, ratio):
+        scores = content_score(ctx.features)
+        index = vtoken.ops.top_k(scores, (ctx.valid.sum(1) * ratio).round().long(), ctx.valid)
+        return ctx.cut(index)
+
+    def before_llm(self, ctx):
+        return None if self.before is None else self._cut(ctx, self.before)
+
+    def layers(self, depth):
+        return tuple(layer for layer, _ in self.at)
+
+    def at_layer(self, layer, ctx):
+        return self._cut(ctx, dict(self.at)[layer])
+
+
+PLANS = {
+    "before": TestReducer(before=0.4),
+    "inside": TestReducer(at=((1, 0.5), (3, 0.0))),
+    "both": TestReducer(before=0.7, at=((2, 0.4),)),
+    "drop all": TestReducer(before=0.0),
+    "exit": TestReducer(at=((2, 0.0),)),
+}
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    return getattr(model.model, "language_model", None) or model.model.text_model
+
+
+def visual_and_real(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    ids = inputs["input_ids"]
+    return (ids == tiny.IMAGE_ID) | (ids == tiny.VIDEO_ID), inputs["attention_mask"].bool()
+
+
+def runs_of(visual: Tensor) -> list[list[Tensor]]:
+    """Per row the positions of each contiguous run of visual tokens (the tiny inputs put text between images)."""
+    out = []
+    for row in visual:
+        places = row.nonzero()[:, 0]
+        gaps = (places.diff() > 1).nonzero()[:, 0] + 1
+        out.append(list(places.tensor_split(gaps.tolist())) if len(places) else [])
+    return out
+
+
+@contextlib.contextmanager
+def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Tensor):
+    """The stock model on the full sequence, with dropped keys hidden by an explicit 4-D mask in every layer."""
+    cuts = dict(plan.at)
+    length = visual.shape[1]
+    state = {"now": real}
+
+    def choose(hidden: Tensor, ratio: float, now: Tensor) -> Tensor:
+        keep = now & ~visual
+        for row, runs in enumerate(runs_of(visual)):
+            for run in runs:
+                left = run[now[row, run]]
+                scores = content_score(hidden[row, left])
+                number = int((torch.tensor(float(len(left))) * ratio).round())
+                keep[row, left[scores.sort(descending=True, stable=True).indices[:number]]] = True
+        return keep
+
+    def hook(index: int, module: nn.Module, args: tuple, kwargs: dict):
+        hidden = args[0]
+        if index == 0:
+            state["now"] = real if plan.before is None else choose(hidden[:, :length], plan.before, real)
+        if index in cuts:
+            state["now"] = choose(hidden[:, :length], cuts[index], state["now"])
+        total = hidden.shape[1]
+        valid = torch.cat([state["now"], state["now"].new_ones(len(hidden), total - length)], 1)
+        base = kwargs.get("attention_mask")
+        if base is None:
+            base = torch.ones(total, total).tril().bool()[None, None]
+        if base.dtype != torch.bool:
+            base = base == 0
+        allow = base.expand(len(hidden), -1, -1, -1) & valid[:, None, None]
+        mask = torch.zeros(allow.shape, dtype=hidden.dtype).masked_fill(~allow, torch.finfo(hidden.dtype).min)
+        return args, {**kwargs, "attention_mask": mask}
+
+    layers = language_model(model).layers
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, index=index: hook(index, module, args, kwargs), with_kwargs=True
+        )
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def positions(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The position ids that ``generate`` would use."""
+    kwargs = dict(inputs)
+    return model._prepare_position_ids_for_generation(kwargs.pop("input_ids"), kwargs)
+
+
+def extended(inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """Inputs with generated tokens appended: a full forward without cache."""
+    out = dict(inputs)
+    out["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
+    out["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
+    if "mm_token_type_ids" in inputs:
+        old = inputs["mm_token_type_ids"]
+        out["mm_token_type_ids"] = torch.cat([old, torch.zeros_like(tokens).to(old.dtype)], 1)
+    return out
+
+
+def alone(inputs: dict[str, Tensor], row: int, images: slice) -> dict[str, Tensor]:
+    """Row ``row`` of a batch without its padding; ``images`` are its images."""
+    at = inputs["attention_mask"][row].bool()
+    out = {}
+    for name, value in inputs.items():
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            out[name] = value[row : row + 1, at]
+        else:
+            out[name] = value[images]
+    return out
+
+
+def generate(model: nn.Module, inputs: dict[str, Tensor], new: int = 6, **kwargs):
+    return model.generate(**inputs, max_new_tokens=new, **{**GREEDY, **kwargs})

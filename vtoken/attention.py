@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention rows of one layer under any attention backend, without a full attention matrix.
+
+Every attention class of transformers dispatches on ``self.config._attn_implementation`` and calls
+``fn(module, query, key, value, mask, scaling=..., ...)`` with rotated, normalised, cache-updated queries and keys. A
+tapped module gets a config proxy that names the function registered here, which looks at queries and keys and then
+calls the real backend. So SDPA and FlashAttention stay on, and rope, q-norm, fused projections and grouped heads need
+no knowledge. Masks are built from the model's own config and are not affected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+BACKEND = "vtoken_tap"
+
+Reader = Callable[[nn.Module, Tensor, Tensor, "Tensor | None", dict[str, Any]], None]
+"""``reader(module, query (B, H, Q, d), key (B, G, K, d), mask, kwargs)``."""
+
+
+class _ConfigProxy:
+    def __init__(self, real: Any) -> None:
+        object.__setattr__(self, "real", real)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "real"), name)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return BACKEND
+
+
+class _SeenEnough(Exception):
+    """Raised by the reader of `peek` to skip the attention itself."""
+
+
+def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args, **kwargs):
+    proxy: Any = module.config
+    real = proxy.real
+    implementation = real._attn_implementation
+    module._vtoken_reader(module, query, key, mask, kwargs)  # type: ignore[operator]
+    if implementation in (None, "eager"):
+        backend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        backend = ALL_ATTENTION_FUNCTIONS[implementation]
+    module.config = real  # flash attention reads module.config
+    try:
+        return backend(module, query, key, value, mask, *args, **kwargs)
+    finally:
+        module.config = proxy
+
+
+AttentionInterface.register(BACKEND, _tapped)
+
+
+@contextlib.contextmanager
+def tap(module: nn.Module, reader: Reader) -> Iterator[None]:
+    """While open, ``reader`` sees queries and keys of every call of this attention module."""
+    config, outer = module.config, vars(module).get("_vtoken_reader")
+    module._vtoken_reader = reader  # type: ignore[assignment]
+    module.config = _ConfigProxy(config.real if outer else config)  # type: ignore[assignment, union-attr]
+    try:
+        yield
+    finally:
+        module.config = config
+        if outer:  # a peek inside of a tap
+            module._vtoken_reader = outer
+        else:
+            del module._vtoken_reader
+
+
+def attention_rows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+    rows: Tensor | None = None,
+    softmax: bool = True,
+) -> Tensor:
+    """``softmax(query[rows] keyᵀ)`` in float32, as the module itself would compute it.
+
+    Parameters
+    ----------
+    query, key : Tensor
+        (B, H, Q, d) and (B, G, K, d), G dividing H.
+    mask : Tensor or None
+        A prepared 4-D mask, a 2-D padding mask (flash attention), or None: causal if the module is.
+    rows : Tensor, optional
+        (B, R) query indices; all rows if omitted.
+    softmax : bool
+        False returns the masked logits.
+
+    Returns
+    -------
+    Tensor
+        (B, H, R, K).
+    """
+    size, heads, queries, width = query.shape
+    keys = key.shape[2]
+    scale = kwargs.get("scaling") or width**-0.5
+    rows = torch.arange(queries, device=query.device).expand(size, queries) if rows is None else rows.to(query.device)
+    picked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width))
+    grouped = picked.view(size, key.shape[1], -1, rows.shape[1], width)
+    logits = torch.einsum("bghrd,bgkd->bghrk", grouped.float(), key.float()).reshape(size, heads, -1, keys) * scale
+    if cap := kwargs.get("softcap"):
+        logits = torch.tanh(logits / cap) * cap
+    if mask is not None and mask.dim() == 4:
+        seen = mask.expand(size, *mask.shape[1:])
+        seen = seen.gather(2, rows[:, None, :, None].expand(-1, seen.shape[1], -1, seen.shape[-1]))[..., :keys]
+        logits = logits.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else logits + seen.float()
+    else:
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None, -keys:].bool(), float("-inf"))
+        causal = kwargs.get("is_causal")
+        if getattr(module, "is_causal", True) if causal is None else causal:
+            future = torch.arange(keys, device=query.device) > rows[:, None, :, None] + keys - queries
+            logits = logits.masked_fill(future, float("-inf"))
+    return logits.softmax(-1) if softmax else logits
+
+
+def peek(
+    module: nn.Module, hidden: Tensor, position_embeddings: Any, rows: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Attention rows of ``module`` on ``hidden`` (B, S, D): its projections and rope run, its attention does not.
+
+    Returns
+    -------
+    Tensor
+        (B, H, R, S).
+    """
+    box: list[Tensor] = []
+
+    def read(module: nn.Module, query: Tensor, key: Tensor, _: Tensor | None, kwargs: dict[str, Any]) -> None:
+        box.append(attention_rows(module, query, key, mask, kwargs, rows))
+        raise _SeenEnough
+
+    with tap(module, read), contextlib.suppress(_SeenEnough):
+        module(hidden_states=hidden, position_embeddings=position_embeddings, attention_mask=None, past_key_values=None)
+    return box[0]

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``vtoken`` command. Every command is a file of its own and registers itself here."""
+
+from __future__ import annotations
+
+import typer
+
+from vtoken.cli import catalogue, compare, tasks
+
+app = typer.Typer(
+    name="vtoken",
+    help="Fewer visual tokens for vision-language models, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("list")(catalogue.list_command)
+app.command("compare")(compare.compare_command)
+app.command("tasks")(tasks.tasks_command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

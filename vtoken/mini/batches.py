@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training batches: scenes, their labels, and several question/answer pairs packed behind each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vtoken.mini.labels import FIELDS, patch_labels, picture_labels
+from vtoken.mini.model import ASSISTANT, BOS, EOS, IMAGE_TOKEN, PAD, USER, VOCAB
+from vtoken.mini.questions import KINDS, Question
+from vtoken.mini.world import GRID, Scene, Split, render, sample_scene
+
+PATCHES = GRID * GRID
+PREFIX = 2  # <s> <user>
+MEAN, STD = 0.5, 0.25
+
+
+@dataclass
+class SceneBatch:
+    """B scenes: pixels (B, 3, H, W), labels field -> (B, PATCHES), picture labels (B, C)."""
+
+    scenes: list[Scene]
+    pixels: torch.Tensor | None
+    labels: dict[str, torch.Tensor]
+    picture: torch.Tensor
+
+
+def scene_batch(
+    size: int, rng: np.random.Generator, crowded: bool = False, pixels: bool = True, most_shapes: int = 6
+) -> SceneBatch:
+    """Draw training scenes; ``pixels=False`` skips the painting (for the decoder's symbolic phase)."""
+    scenes = [sample_scene(rng, crowded=crowded, most_shapes=most_shapes) for _ in range(size)]
+    labels = [patch_labels(scene) for scene in scenes]
+    painted = None
+    if pixels:
+        images = np.stack([render(scene, rng) for scene in scenes])
+        painted = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
+    return SceneBatch(
+        scenes,
+        painted,
+        {name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in FIELDS},
+        torch.from_numpy(np.stack([picture_labels(scene) for scene in scenes])),
+    )
+
+
+def train_rng(seed: int) -> np.random.Generator:
+    """The random stream of one training phase."""
+    return np.random.default_rng([Split.TRAIN, seed])
+
+
+def answer_tokens(question: Question) -> list[int]:
+    """Ids of the answer and </s>; words of the picture are spelled."""
+    if question.kind == "word":
+        pieces = [question.answer[0], *(f"##{letter}" for letter in question.answer[1:])]
+    else:
+        pieces = question.answer.split()
+    return [VOCAB[piece] for piece in [*pieces, EOS]]
+
+
+def ask(scene: Scene, number: int, kinds: Sequence[str], rng: np.random.Generator) -> list[Question]:
+    """Ask up to ``number`` questions of the given kinds, in random order of kinds."""
+    found: list[Question] = []
+    while len(found) < number:
+        order = [kinds[i] for i in rng.permutation(len(kinds))]
+        asked = [q for kind in order if (q := KINDS[kind](scene, rng)) is not None]
+        found += asked
+        if not asked:
+            break
+    return found[:number]
+
+
+@dataclass
+class Pack:
+    """Q question/answer pairs a scene, each of which sees the picture and itself only.
+
+    ids, labels, positions, block (B, T): T = Q * length text columns; block is the pair's number from 1 on, 0 for
+    padding; labels are -100 outside of the answers; kinds (B, Q) names each pair.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    block: torch.Tensor
+    kinds: list[list[str]]
+    length: int
+
+
+def pack(scenes: Sequence[Scene], number: int, kinds: Sequence[str], rng: np.random.Generator) -> Pack:
+    """Tokenize and pack ``number`` questions for each scene."""
+    asked = [ask(scene, number, kinds, rng) for scene in scenes]
+    rows = [
+        [([VOCAB[w] for w in q.text.split()] + [VOCAB[ASSISTANT]], answer_tokens(q)) for q in questions]
+        for questions in asked
+    ]
+    length = max(len(q) + len(a) for row in rows for q, a in row)
+    shape = len(scenes), number, length
+    ids, labels = np.full(shape, VOCAB[PAD]), np.full(shape, -100)
+    block = np.zeros(shape, int)
+    for b, row in enumerate(rows):
+        for i, (question, answer) in enumerate(row):
+            end = len(question) + len(answer)
+            ids[b, i, :end] = question + answer
+            labels[b, i, len(question) : end] = answer
+            block[b, i, :end] = i + 1
+    positions = np.broadcast_to(np.arange(length) + PREFIX + PATCHES, shape)
+    flat = [torch.from_numpy(x.reshape(len(scenes), -1).copy()) for x in (ids, labels, positions, block)]
+    return Pack(*flat, kinds=[[q.kind for q in questions] for questions in asked], length=length)
+
+
+def attention_mask(visual: int, block: torch.Tensor) -> torch.Tensor:
+    """(B, 1, S, S) bool: causal; a pair sees the prefix, the ``visual`` tokens and itself."""
+    prefix = block.new_zeros(block.shape[0], PREFIX + visual)
+    owner = torch.cat([prefix, torch.where(block == 0, -1, block)], 1)
+    causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool).tril()
+    seen = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])
+    return (seen & causal)[:, None]
+
+
+PREFIX_IDS = torch.tensor([VOCAB[BOS], VOCAB[USER]])
+IMAGE_ID = VOCAB[IMAGE_TOKEN]

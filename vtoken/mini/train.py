@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the embedded LLaVA from scratch, in four phases.
+
+1. ``decoder``: the Llama decoder learns to answer about *symbolic* pictures, whose visual tokens are sums of label
+   embeddings. No pixels: it finds the hard part, binding question words to visual tokens, in minutes.
+2. ``tower``: the CLIP tower learns what lies under each patch (dense labels) and, on [CLS], what the picture shows.
+3. ``align``: the projector learns to turn the tower's features into the decoder's symbolic tokens.
+4. ``joint``: everything together on pictures and questions, next-token loss plus the dense losses.
+
+    python -m vtoken.mini.train all --out build/mini-llava
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+
+from vtoken.mini import batches
+from vtoken.mini.labels import FIELDS, IGNORE, PICTURE_LABELS
+from vtoken.mini.model import VOCAB, build_model, build_processor
+from vtoken.mini.questions import KINDS
+from vtoken.mini.world import COLORS, LETTERS, SHAPES
+
+log = logging.getLogger("vtoken.mini")
+
+WIDTH = 128
+EASY_STEPS = 600  # of the decoder's phase, with two shapes a scene: binding is found there first
+FIELD_WEIGHTS = {"kind": 1.0, "row": 0.2, "column": 0.2}
+
+
+class Symbols(nn.Module):
+    """Label embeddings: the visual tokens of a picture whose content is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict({name: nn.Embedding(size, WIDTH) for name, size in FIELDS.items()})
+        for table in self.tables.values():
+            nn.init.normal_(table.weight, std=0.1)
+
+    def start_from_words(self, words: torch.Tensor) -> None:
+        """Give a label the embedding of its word: question words and visual tokens then match from the start."""
+        names = {"color": COLORS, "shape": SHAPES, "digit": "0123456789", "letter": [f"##{x}" for x in LETTERS]}
+        with torch.no_grad():
+            for field, labels in names.items():
+                self.tables[field].weight.copy_(words[[VOCAB[label] for label in labels]])
+
+    def forward(self, labels: dict[str, torch.Tensor], dropout: float = 0.0) -> torch.Tensor:
+        """(B, N, WIDTH) sums over the fields that apply; ``dropout`` forgets single fields of single patches."""
+        out = torch.zeros(*labels["kind"].shape, WIDTH)
+        for name, table in self.tables.items():
+            known = labels[name] != IGNORE
+            if dropout:
+                known = known & (torch.rand(known.shape) >= dropout)
+            out = out + table(labels[name].clamp(min=0)) * known[..., None]
+        return out
+
+
+class Heads(nn.Module):
+    """Linear classifiers of the dense labels and of the picture labels; they are not shipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in FIELDS.items()})
+        self.picture = nn.ModuleList([nn.Linear(WIDTH, PICTURE_LABELS) for _ in range(2)])
+        self.counts = nn.ModuleList([nn.Linear(WIDTH, 1) for _ in range(2)])
+
+    def dense_loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy of every field over the patches to which it applies; ``features`` (B, N, WIDTH)."""
+        total = features.new_zeros(())
+        for name, head in self.patch.items():
+            weight = 3.0 if name in ("letter", "digit", "shape", "index", "center") else 1.0
+            logits = head(features).flatten(0, 1)
+            loss = F.cross_entropy(logits, labels[name].flatten(), ignore_index=IGNORE)
+            total = total + FIELD_WEIGHTS.get(name, weight) * loss
+        return total
+
+    def picture_loss(self, cls: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        """Multi-label loss of the [CLS] states (B, WIDTH) of the feature layer and of the last layer."""
+        return sum(
+            F.binary_cross_entropy_with_logits(head(state), target, pos_weight=torch.tensor(5.0))
+            for head, state in zip(self.picture, cls, strict=True)
+        )
+
+
+def optimizer(parameters, lr: float) -> torch.optim.AdamW:
+    params = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.02},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+class Schedule:
+    """Warm-up, then cosine decay to a twentieth; by steps."""
+
+    def __init__(self, opt: torch.optim.Optimizer, lr: float, steps: int, warmup: int = 100) -> None:
+        self.opt, self.lr, self.steps, self.warmup = opt, lr, steps, warmup
+
+    def set(self, step: int) -> None:
+        done = min(step / self.steps, 1.0)
+        scale = min((step + 1) / self.warmup, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+        for group in self.opt.param_groups:
+            group["lr"] = self.lr * scale
+
+
+def visual_states(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states of the tower's feature layer and of its last layer, (B, 1 + PATCHES, WIDTH) each."""
+    out = model.model.vision_tower(pixels, output_hidden_states=True)
+    return [out.hidden_states[-2], out.hidden_states[-1]]
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration, visual: torch.Tensor, where: torch.Tensor, pack: batches.Pack
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets of the answer tokens; ``visual`` (B, N, WIDTH) at raster places ``where`` (B, N)."""
+    size = visual.shape[0]
+    embed = model.get_input_embeddings()
+    prefix = embed(batches.PREFIX_IDS).expand(size, -1, -1)
+    inputs = torch.cat([prefix, visual, embed(pack.ids)], 1)
+    start = torch.arange(batches.PREFIX).expand(size, -1)
+    positions = torch.cat([start, where + batches.PREFIX, pack.positions], 1)
+    hidden = model.model.language_model(
+        inputs_embeds=inputs,
+        attention_mask=batches.attention_mask(visual.shape[1], pack.block),
+        position_ids=positions,
+        use_cache=False,
+    ).last_hidden_state
+    before = hidden[:, batches.PREFIX + visual.shape[1] :][:, :-1]
+    target = pack.labels[:, 1:]
+    asked = target != -100
+    return model.lm_head(before[asked]), target[asked]
+
+
+class Meter:
+    """Loss and exact-answer rate by question kind, averaged since the last report."""
+
+    def __init__(self) -> None:
+        self.right, self.total, self.losses = defaultdict(float), defaultdict(int), []
+
+    def add(self, loss: float, correct: torch.Tensor, pack: batches.Pack) -> None:
+        self.losses.append(loss)
+        wrong = torch.zeros(pack.labels.shape, dtype=torch.bool)
+        asked = pack.labels[:, 1:] != -100
+        wrong[:, 1:][asked] = ~correct
+        exact = ~wrong.view(len(pack.kinds), -1, pack.length).any(-1)
+        for row, kinds in zip(exact.tolist(), pack.kinds, strict=True):
+            for ok, kind in zip(row, kinds, strict=False):
+                self.right[kind] += ok
+                self.total[kind] += 1
+
+    def report(self) -> str:
+        kinds = " ".join(f"{k[:4]} {self.right[k] / self.total[k]:.2f}" for k in KINDS if self.total[k])
+        text = f"loss {sum(self.losses) / max(len(self.losses), 1):.3f} | {kinds}"
+        self.__init__()
+        return text
+
+
+def steps(limit: int, minutes: float) -> Iterator[int]:
+    """0, 1, ... until ``limit`` steps or ``minutes`` have passed."""
+    start = time.time()
+    for step in range(limit):
+        if time.time() - start > minutes * 60:
+            return
+        yield step
+
+
+def foreground_first(labels: dict[str, torch.Tensor], number: int) -> torch.Tensor:
+    """(B, number) raster places: everything that is not background, filled up with random background."""
+    order = torch.rand(labels["kind"].shape) + 10.0 * (labels["kind"] != 0)
+    return order.topk(number, 1).indices.sort(1).values
+
+
+def teach_decoder(model, symbols: Symbols, limit: int, minutes: float, save, seed: int = 1, lr: float = 1.5e-3) -> None:
+    """Phase 1: answer questions about symbolic pictures."""
+    rng = batches.train_rng(seed)
+    parts = [model.model.language_model, symbols]
+    symbols.start_from_words(model.get_input_embeddings().weight)
+    opt = optimizer([p for part in parts for p in part.parameters()], lr)
+    schedule, meter = Schedule(opt, lr, limit), Meter()
+    for step in steps(limit, minutes):
+        schedule.set(step)
+        easy = step < EASY_STEPS
+        batch = batches.scene_batch(16, rng, pixels=False, most_shapes=2 if easy else 6)
+        pack = batches.pack(batch.scenes, 10, list(KINDS), rng)
+        where = foreground_first(batch.labels, 32 if easy else 56)
+        visual = symbols({k: v.gather(1, where) for k, v in batch.labels.items()}, dropout=0.02)
+        visual = visual + 0.03 * torch.randn_like(visual)
+        logits, target = answer_logits(model, visual, where, pack)
+        loss = F.cross_entropy(logits, target)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for part in parts for p in part.parameters()], 1.0)
+        opt.step()
+        meter.add(loss.item(), logits.argmax(-1) == target, pack)
+        if step % 50 == 49:
+            log.info("decoder %d %s", step + 1, meter.report())
+        if step % 500 == 499:
+            save()
+    save()
+
+
+def field_accuracy(heads: Heads, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> str:
+    parts = []
+    for name, head in heads.patch.items():
+        known = labels[name] != IGNORE
+        right = (head(features).argmax(-1) == labels[name])[known]
+        parts.append(f"{name[:5]} {right.float().mean():.2f}")
+    return " ".join(parts)
+
+
+def teach_tower(model, heads: Heads, limit: int, minutes: float, save, seed: int = 2, lr: float = 1.5e-3) -> None:
+    """Phase 2: dense patch labels and picture labels from pixels."""
+    rng = batches.train_rng(seed)
+    tower = model.model.vision_tower
+    params = [*tower.parameters(), *heads.parameters()]
+    opt = optimizer(params, lr)
+    schedule, losses = Schedule(opt, lr, limit), []
+    for step in steps(limit, minutes):
+        schedule.set(step)
+        batch = batches.scene_batch(16, rng, crowded=step % 4 != 3)
+        states = visual_states(model, batch.pixels)
+        loss = heads.dense_loss(states[0][:, 1:], batch.labels)
+        loss = loss + 4 * heads.picture_loss([state[:, 0] for state in states], batch.picture)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        losses.append(loss.item())
+        if step % 50 == 49:
+            with torch.no_grad():
+                found = field_accuracy(heads, states[0][:, 1:], batch.labels)
+            log.info("tower %d loss %.3f | %s", step + 1, sum(losses) / len(losses), found)
+            losses.clear()
+        if step % 500 == 499:
+            save()
+    save()
+
+
+def sincos_positions(model: LlavaForConditionalGeneration) -> None:
+    """Start the tower's position table from 2-D sines: neighbours are found from the first step on."""
+    table = model.model.vision_tower.embeddings.position_embedding.weight
+    side, quarter = batches.GRID, WIDTH // 4
+    freq = 1.0 / 50 ** (torch.arange(quarter) / quarter)
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [axis.reshape(-1, 1) * freq for axis in (x, y)]
+    with torch.no_grad():
+        table[1:] = 0.2 * torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
+
+
+def main() -> None:
+    """Command line of the training script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=["decoder", "tower"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model, symbols, heads = build_model(), Symbols(), Heads()
+    sincos_positions(model)
+    if args.phase == "decoder":
+        def save() -> None:
+            torch.save({"lm": model.model.language_model.state_dict(), "symbols": symbols.state_dict()}, args.out / "decoder.pt")
+        teach_decoder(model, symbols, args.steps, args.minutes, save)
+    else:
+        def save() -> None:
+            torch.save({"tower": model.model.vision_tower.state_dict(), "heads": heads.state_dict()}, args.out / "tower.pt")
+        teach_tower(model, heads, args.steps, args.minutes, save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pruned prefill: which rows each decoder layer sees, and what the cache must remember of it.
+
+A prefill is a list of *groups*: from layer ``start`` on, the sequence consists of the tokens ``index``, compacted to
+the right (left padding). Masks, rotary tables and position ids of a layer are taken from its group.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from vtoken import attention as att
+from vtoken.cache import CacheState, make_mask, make_virtual, one_layer, stored_length
+from vtoken.context import Attention, Cut, VisualContext
+from vtoken.sequence import compact, gather, gather_mask, hidden_value, restore
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from vtoken.adapters.base import Adapter
+
+
+@dataclass
+class Group:
+    """The sequence that layers from ``start`` on work on.
+
+    Parameters
+    ----------
+    index : Tensor
+        (B, n) long: the kept tokens, as positions in the call's S tokens.
+    relative : Tensor
+        (B, n) long: the same as positions in the first group, the sequence that the language model was given.
+    valid : Tensor
+        (B, n) bool: False on padding (and, with the mask backend, on hidden tokens).
+    masks : dict
+        Attention mask by layer type.
+    """
+
+    start: int
+    index: Tensor
+    relative: Tensor
+    valid: Tensor
+    masks: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Group:
+        """Follow a model whose layers live on several devices."""
+        self.index, self.relative, self.valid = (x.to(device) for x in (self.index, self.relative, self.valid))
+        return self
+
+
+def layer_type(adapter: Adapter, layer: int) -> str:
+    """``"full_attention"``, ``"sliding_attention"``, ``"linear_attention"`` ..."""
+    types = getattr(adapter.language_model.config, "layer_types", None)
+    return types[layer] if types else "full_attention"
+
+
+def build_mask(adapter: Adapter, layer: int, hidden: Tensor, mask: Tensor | None, cache: Cache | None) -> Any:
+    """The mask of one layer from the 2-D validity of its columns, by transformers' own functions."""
+    kind = layer_type(adapter, layer)
+    if "linear" in kind:  # recurrent layers want the padding of the new tokens only
+        new = None if mask is None else mask[:, -hidden.shape[1] :]
+        return None if new is None or bool(new.all()) else new
+    make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+    return make_mask(make, adapter.language_model.config, hidden, mask, one_layer(cache, layer))
+
+
+class Prefill:
+    """The state of one forward pass that brings new visual tokens.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        Where things are in the model.
+    ctx : VisualContext
+        The sequence as the language model was called with it.
+    real : Tensor
+        (B, S) bool: tokens that are not padding.
+    mask2d : Tensor or None
+        The caller's mask over past and new tokens.
+    past : int
+        Logical length of the cache before the call.
+    hide : bool
+        True hides tokens by masks instead of dropping them (the oracle of the tests).
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        ctx: VisualContext,
+        real: Tensor,
+        cache: Cache | None,
+        state: CacheState | None,
+        mask2d: Tensor | None,
+        past: int,
+        hide: bool,
+    ) -> None:
+        self.adapter, self.ctx, self.real, self.cache, self.state = adapter, ctx, real, cache, state
+        self.mask2d, self.past, self.hide = mask2d, past, hide
+        self.length = real.shape[1]
+        self.moved = False  # the language model got other rows than the caller passed
+        everything = torch.arange(self.length, device=real.device).expand(real.shape)
+        self.groups = [Group(0, everything, everything, real)]
+
+    # ------------------------------------------------------------------ before the language model
+    def cut_inputs(self, cut: Cut | None, kwargs: dict[str, Any], positions: str) -> dict[str, Any]:
+        """Apply the cut before the language model to its keyword arguments."""
+        keep = self._apply(cut) & self.real
+        if self.ctx.hidden is not kwargs["inputs_embeds"]:
+            kwargs = {**kwargs, "inputs_embeds": self.ctx.hidden}
+        nothing = cut is None or bool((keep == self.real).all())
+        mask = kwargs.get("attention_mask")
+        if self.hide:
+            self._hide_from_context(keep)
+            if not nothing:
+                columns = torch.cat([self.past_columns(0), keep], 1)
+                kwargs = {**kwargs, "attention_mask": self._hidden_mask(mask, columns, columns)}
+            self.groups = [Group(0, self.groups[0].index, self.groups[0].relative, keep)]
+        elif nothing:
+            if self.state is not None and not isinstance(mask, dict):
+                kwargs = {**kwargs, "attention_mask": torch.cat([self.past_columns(0), self.real], 1)}
+        else:
+            kwargs = self._drop(keep, kwargs, positions)
+        return kwargs
+
+    def _drop(self, keep: Tensor, kwargs: dict[str, Any], positions: str) -> dict[str, Any]:
+        # A row may be cut although the tensor does not shrink (its longest row has no image): it is re-aligned too.
+        index, valid = compact(keep)
+        self.moved = True
+        kwargs = self._shorten(kwargs, index, valid)
+        self._narrow(index, valid)
+        everything = torch.arange(index.shape[1], device=index.device).expand(index.shape)
+        self.groups = [Group(0, index, everything, valid)]
+        if positions == "compact":
+            if kwargs["position_ids"].dim() != 2:
+                raise NotImplementedError(
+                    "positions='compact' is defined for 1-D position ids only, this model uses M-RoPE: "
+                    "pass positions='keep'."
+                )
+            seen = self.past - (0 if self.state is None else self.state.shift[:, None])
+            kwargs["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0) + seen
+        return kwargs
+
+    def _shorten(self, kwargs: dict[str, Any], index: Tensor, valid: Tensor) -> dict[str, Any]:
+        kwargs = dict(kwargs)
+        position_ids = kwargs.get("position_ids")
+        if position_ids is None:
+            position_ids = torch.arange(self.past, self.past + self.length, device=index.device)[None]
+        kwargs["inputs_embeds"] = gather(kwargs["inputs_embeds"], index)
+        kwargs["position_ids"] = gather(position_ids, index, dim=position_ids.dim() - 1, batch=position_ids.dim() - 2)
+        columns = torch.cat([self.past_columns(0), valid], 1)
+        embeds = kwargs["inputs_embeds"]
+
+        def shorter(mask: Any, kind: str | None = None) -> Any:
+            if isinstance(mask, Tensor) and mask.dim() == 4:
+                return gather_mask(mask, index, valid, self.past)
+            if mask is None and kind:  # prepared by generate() or the outer model: the language model will not look
+                layers = range(len(self.adapter.layers))
+                layer = next(i for i in layers if layer_type(self.adapter, i) == kind)
+                return None if bool(columns.all()) else build_mask(self.adapter, layer, embeds, columns, self.cache)
+            return columns  # never None: gapped position ids without a mask are read as packed sequences
+
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):
+            kwargs["attention_mask"] = {kind: shorter(m, kind) for kind, m in mask.items()}
+        else:
+            kwargs["attention_mask"] = shorter(mask)
+        return self.adapter.cut_extras(kwargs, index, valid)
+
+    # ------------------------------------------------------------------ at a decoder layer
+    def cut_layer(self, layer: int, hidden: Tensor, cut: Cut | None) -> Tensor:
+        """Apply a cut before decoder layer ``layer``; returns the hidden states it works on."""
+        group = self.groups[-1].to(hidden.device)
+        if cut is None:
+            return hidden
+        keep = self._apply(cut) & group.valid
+        hidden = self.ctx.hidden
+        if self.hide:
+            self._hide_from_context(keep)
+            group = Group(layer, group.index, group.relative, keep)
+        elif not torch.equal(keep, group.valid):
+            index, valid = compact(keep)
+            hidden = gather(hidden, index)
+            self._narrow(index, valid)
+            group = Group(layer, gather(group.index, index), gather(group.relative, index), valid)
+        if group.start == layer:
+            self.groups.append(group)
+        return hidden
+
+    def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Mask, rotary tables and position ids of the group that the layer works on."""
+        if len(self.groups) == 1:
+            if self.moved and kwargs.get("position_ids") is not None:
+                # layers use them only to detect packed sequences, which gaps are not (flash attention)
+                return {**kwargs, "position_ids": None}
+            return kwargs
+        group, kwargs, mask = self.groups[-1].to(hidden.device), dict(kwargs), kwargs.get("attention_mask")
+        if not self.hide:
+            tables = kwargs["position_embeddings"]
+
+            def rows(table: Tensor) -> Tensor:
+                return gather(table, group.relative, dim=table.dim() - 2, batch=table.dim() - 3)
+
+            kwargs["position_embeddings"] = rows(tables) if isinstance(tables, Tensor) else tuple(map(rows, tables))
+            kwargs["position_ids"] = None
+        kind = layer_type(self.adapter, layer)
+        if kind not in group.masks:
+            group.masks[kind] = self._group_mask(layer, group, hidden, mask)
+        kwargs["attention_mask"] = group.masks[kind]
+        return kwargs
+
+    def _group_mask(self, layer: int, group: Group, hidden: Tensor, mask: Any) -> Any:
+        columns = torch.cat([self.past_columns(layer), group.valid], 1)
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            if self.hide:
+                return self._hidden_mask(mask, columns, None)
+            if not self.past:
+                return gather_mask(mask, group.relative, group.valid)
+        return build_mask(self.adapter, layer, hidden, columns, self.cache)
+
+    # ------------------------------------------------------------------ shared pieces
+    def _apply(self, cut: Cut | None) -> Tensor:
+        """(B, n) bool of the tokens that stay; remembers rewritten features and sizes."""
+        ctx = self.ctx
+        if cut is None:
+            return ctx.visual | ctx.text
+        keep = ctx.per_token(cut.keep, False)
+        if cut.features is not None:
+            new = ctx.per_token(cut.features.to(ctx.hidden.dtype))
+            ctx.hidden = torch.where((keep & ctx.visual)[..., None], new, ctx.hidden)
+        if cut.sizes is not None:
+            ctx.sizes = cut.sizes
+        return keep | ctx.text
+
+    def _narrow(self, index: Tensor, valid: Tensor) -> None:
+        ctx = self.ctx
+        ctx.text = gather(ctx.text, index) & valid
+        ctx.item = torch.where(valid, gather(ctx.item, index), -1)
+        ctx.slot = torch.where(valid, gather(ctx.slot, index), -1)
+        ctx.hidden = gather(ctx.hidden, index)
+
+    def _hide_from_context(self, keep: Tensor) -> None:
+        self.ctx.item = torch.where(keep, self.ctx.item, -1)
+        self.ctx.slot = torch.where(keep, self.ctx.slot, -1)
+
+    def past_columns(self, layer: int) -> Tensor:
+        """(B, past) validity of the columns before the new tokens, in the mask coordinates of the layer."""
+        found = None
+        if self.past:
+            found = None if self.mask2d is None else self.mask2d[:, : self.past].bool()
+            if self.state is not None and self.cache is not None:
+                found = self.state.mask2d(self.cache, layer, 0, found)
+        if found is None:
+            return self.real.new_ones(self.real.shape[0], self.past)
+        return found.to(self.real.device)
+
+    @classmethod
+    def _hidden_mask(cls, mask: Any, columns: Tensor, unprepared: Tensor | None) -> Any:
+        """Hide ``columns`` (B, past + S) in a prepared mask; ``unprepared`` replaces a 2-D mask or none."""
+        if isinstance(mask, dict):
+            return {kind: cls._hidden_mask(m, columns, unprepared) for kind, m in mask.items()}
+        if mask is None or mask.dim() == 2:
+            return unprepared
+        known = columns.shape[1]
+        seen = torch.where(columns[:, None, None], mask[..., :known], hidden_value(mask))
+        return torch.cat([seen, mask[..., known:]], -1)
+
+    # ------------------------------------------------------------------ attention for reducers
+    def wanted_rows(self, what: str) -> tuple[Tensor, Tensor]:
+        """(B, R) query rows named ``what``, and which of them are real; padding repeats the last text token."""
+        text, visual = self.ctx.text, self.ctx.visual
+        last = text.shape[1] - 1 - text.flip(1).to(torch.int8).argmax(1, keepdim=True)
+        if what == "last":
+            return last, torch.ones_like(last, dtype=torch.bool)
+        wanted = text
+        if what == "all":
+            wanted = text | visual
+        elif what == "question":
+            after = visual.flip(1).cumsum(1).flip(1) == 0
+            wanted = text & after
+            wanted = torch.where(wanted.any(1, keepdim=True), wanted, text)
+        index, valid = compact(wanted)
+        return torch.where(valid, index, last), valid
+
+    def reader(self, layer: int, what: str) -> att.Reader:
+        """A tap that records the attention of ``layer`` in the context."""
+
+        def read(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
+            columns = query.shape[2]
+            if self.cache is not None and layer < len(self.cache.layers):
+                columns = stored_length(self.cache, layer)  # holds the new keys already; static caches return more
+            if isinstance(mask, Tensor) and mask.dim() == 4:
+                mask = mask[..., :columns]
+            rows, valid = self.wanted_rows(what)
+            found = att.attention_rows(module, query, key[:, :, :columns], mask, kwargs, rows)
+            self.ctx.attention[layer] = Attention(found[..., columns - query.shape[2] :], valid)
+
+        return read
+
+    def peek(self, layer: int, module: nn.Module, kwargs: dict[str, Any], what: str) -> Attention:
+        """Attention rows of the coming layer on the present hidden states."""
+        hidden = self.ctx.hidden
+        kwargs = self.layer_kwargs(layer, hidden, kwargs)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4 and self.past:
+            mask = mask[..., -hidden.shape[1] :]
+        rows, valid = self.wanted_rows(what)
+        normed = getattr(module, self.adapter.attention_norm)(hidden)
+        block = self.adapter.attention(module)
+        return Attention(att.peek(block, normed, kwargs["position_embeddings"], rows, mask), valid)
+
+    def prepare_context(self, layer: int, hidden: Tensor, module: nn.Module, kwargs: dict[str, Any]) -> VisualContext:
+        """The context as it stands before decoder layer ``layer``."""
+        ctx, device = self.ctx, hidden.device
+        if ctx.item.device != device:
+            for name in ("item", "slot", "text", "view", "tokens", "newline"):
+                setattr(ctx, name, getattr(ctx, name).to(device))
+        ctx.hidden, ctx.layer = hidden, layer
+        ctx.peek = functools.partial(self.peek, layer, module, kwargs)
+        return ctx
+
+    # ------------------------------------------------------------------ after the language model
+    @property
+    def shortened(self) -> bool:
+        """Whether any layer worked on fewer rows than the caller passed."""
+        return self.moved or (len(self.groups) > 1 and not self.hide)
+
+    def finish(self, output: Any) -> Any:
+        """Restore outward shapes and tell the cache what it holds."""
+        cache = output.past_key_values
+        if cache is not None and (self.shortened or self.hide or self.state is not None):
+            self._remember(cache)
+        if self.shortened:
+            group = self.groups[-1]
+            kept = torch.zeros(self.real.shape, dtype=torch.long, device=group.index.device)
+            kept.scatter_add_(1, group.index, group.valid.long())
+            output.last_hidden_state = restore(output.last_hidden_state, kept > 0)
+        return output
+
+    def _remember(self, cache: Cache) -> None:
+        old = self.state
+        stored: list[Tensor] = []
+        places: list[Tensor] = []
+        known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for layer in range(len(cache.layers)):
+            group = [g for g in self.groups if g.start <= layer][-1]
+            key = (group.start, id(old.stored[layer]) if old is not None else 0)
+            if key not in known:
+                known[key] = self._columns(cache, layer, group)
+            stored.append(known[key][0])
+            places.append(known[key][1])
+            if not self.hide:
+                make_virtual(cache, layer, self.length - group.index.shape[1])
+        shift = self.real.sum(1) - self.groups[0].valid.sum(1) + (old.shift if old is not None else 0)
+        CacheState(cache, stored, places, shift)
+
+    def _columns(self, cache: Cache, layer: int, group: Group) -> tuple[Tensor, Tensor]:
+        """Validity and original place of every column that the layer holds now."""
+        valid, place = [group.valid], [group.index + self.past]
+        if self.past:
+            old = self.state
+            have = stored_length(cache, layer) - group.index.shape[1]  # columns before this call
+            before = old.stored[layer][:, :have] if old is not None else group.valid[:, :0]
+            where = old.places[layer][:, :have] if old is not None else group.index[:, :0]
+            tail = have - before.shape[1]
+            if self.mask2d is None:
+                text = before.new_ones(before.shape[0], tail)
+            else:
+                text = self.mask2d[:, self.past - tail : self.past].bool()
+            between = torch.arange(self.past - tail, self.past, device=group.index.device).expand(text.shape)
+            valid, place = [before, text, *valid], [where, between, *place]
+        return torch.cat(valid, 1), torch.cat(place, 1)

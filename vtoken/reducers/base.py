@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases of the reducers: a new method overrides one function of one of them.
+
+A reducer is a frozen dataclass. Its fields are its hyper-parameters; its class attributes say what it is. It changes
+the sequence before the language model (`Reducer.before_llm`), at decoder layers (`Reducer.at_layer`), or both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtoken.budget import Keep, check_keep, is_identity
+from vtoken.context import Cut, VisualContext
+from vtoken.encoder import EncoderRead
+from vtoken.ops import merge_rows, row_sizes, top_k
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """A visual-token reducer."""
+
+    name: ClassVar[str] = ""
+    """Registered name; set by `vtoken.registry.register`."""
+    summary: ClassVar[str] = ""
+    """One line for ``vtoken list``."""
+    paper: ClassVar[str] = ""
+    """arXiv id, "" for a baseline."""
+    newlines: ClassVar[str] = "drop"
+    """``"keep"``: image_newline tokens always stay, on top of the budget; ``"drop"``: they go with the first cut."""
+    positions: ClassVar[str] = "keep"
+    """Position ids the authors use: ``"keep"`` the original ones, or ``"compact"``, renumbered."""
+    needs_projector: ClassVar[bool] = False
+    """Whether `VisualContext.projector_input` and `VisualContext.projector` are wanted."""
+
+    def before_llm(self, ctx: VisualContext) -> Cut | None:
+        """Choose the tokens that enter the language model; None leaves all."""
+        return None
+
+    def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
+        """Choose the tokens that stay from decoder layer ``layer`` on; None leaves all."""
+        return None
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Decoder layers, of ``depth``, before which `at_layer` is called."""
+        return ()
+
+    def taps(self, depth: int) -> dict[int, str]:
+        """Decoder layers whose attention rows are recorded in ``ctx.attention``.
+
+        The rows are ``"last"`` (the last text token), ``"text"`` (all text), ``"question"`` (text after the last
+        visual token) or ``"all"``.
+        """
+        return {}
+
+    def encoder_reads(self) -> tuple[EncoderRead, ...]:
+        """Statistics of the vision tower that the reducer wants in ``ctx.encoder``."""
+        return ()
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the reducer leaves the model alone."""
+        return False
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Where it acts: ``"before_llm"``, ``"in_llm"`` or both."""
+        before = type(self).before_llm is not Reducer.before_llm
+        inside = type(self).at_layer is not Reducer.at_layer
+        return tuple(name for name, acts in (("before_llm", before), ("in_llm", inside)) if acts)
+
+    def config(self) -> dict[str, Any]:
+        """Name and parameters: the mapping from which `vtoken.get_reducer` builds the same reducer."""
+        return {"reducer": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}}
+
+    def __str__(self) -> str:
+        return ",".join([self.name, *(f"{k}={v}" for k, v in self.config().items() if k != "reducer")])
+
+
+@dataclass(frozen=True)
+class KeepReducer(Reducer):
+    """A reducer with a budget.
+
+    Parameters
+    ----------
+    keep : float or int
+        Ratio in (0, 1] of the visual tokens of each image, or tokens per image. 1.0 is the identity.
+    """
+
+    keep: Keep = 0.25
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep(self.keep))
+
+    @property
+    def is_identity(self) -> bool:
+        return is_identity(self.keep)
+
+
+@dataclass(frozen=True)
+class SelectReducer(KeepReducer):
+    """Keeps the tokens that `select` picks."""
+
+    @abstractmethod
+    def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
+        """Pick ``budget`` (I,) of ``ctx.candidates`` (I, N).
+
+        Returns
+        -------
+        Tensor
+            (I, K) long slots in any order, padded with -1.
+        """
+
+    def before_llm(self, ctx: VisualContext) -> Cut | None:
+        wanted = ctx.budget(self.keep)
+        index = self.select(ctx, torch.minimum(wanted, ctx.candidates.sum(1)))
+        return Cut(with_newlines(ctx.cut(index).keep, ctx, wanted))
+
+
+@dataclass(frozen=True)
+class ScoreReducer(SelectReducer):
+    """Keeps the tokens with the highest score."""
+
+    @abstractmethod
+    def score(self, ctx: VisualContext) -> Tensor:
+        """(I, N) float: higher is better; values outside of ``ctx.candidates`` do not matter."""
+
+    def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
+        return top_k(check_scores(self.score(ctx), ctx, self.name), budget, ctx.candidates)
+
+
+@dataclass(frozen=True)
+class MergeReducer(KeepReducer):
+    """Averages tokens into the slots that `assign` names."""
+
+    @abstractmethod
+    def assign(self, ctx: VisualContext, budget: Tensor) -> Tensor:
+        """Say into which slot each token goes.
+
+        Returns
+        -------
+        Tensor
+            (I, N) long: a slot of the same item that is its own target, -1 for a token that is dropped. ``budget``
+            (I,) slots of each item are their own target.
+        """
+
+    def merge(self, ctx: VisualContext, source: Tensor) -> Tensor:
+        """Features (I, N, D) of the merged tokens: the mean, weighted by the patches behind each token."""
+        return merge_rows(ctx.features, source, ctx.longest, ctx.sizes)
+
+    def before_llm(self, ctx: VisualContext) -> Cut | None:
+        wanted = ctx.budget(self.keep)
+        source = self.assign(ctx, torch.minimum(wanted, ctx.candidates.sum(1)))
+        slots = torch.arange(ctx.longest, device=source.device)
+        keep = with_newlines(source == slots, ctx, wanted)
+        source = torch.where(keep, slots, source)
+        features = check_features(self.merge(ctx, source), keep, self.name)
+        sizes = row_sizes(source, ctx.longest, ctx.sizes)
+        return Cut(keep, features.to(ctx.hidden.dtype), sizes, source)
+
+
+@dataclass(frozen=True)
+class LayerReducer(KeepReducer):
+    """Keeps the highest-scored tokens at one or more decoder layers.
+
+    Of n layers, the i-th leaves ``(K / N) ** (i / n)`` of the N original tokens, so that the last one leaves K.
+    """
+
+    @abstractmethod
+    def score(self, layer: int, ctx: VisualContext) -> Tensor:
+        """(I, N) float: higher is better; values outside of ``ctx.candidates`` do not matter."""
+
+    def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
+        layers = self.layers(ctx.depth)
+        wanted = stage_budget(ctx, self.keep, layers.index(layer) + 1, len(layers))
+        scores = check_scores(self.score(layer, ctx), ctx, self.name)
+        return Cut(with_newlines(ctx.cut(top_k(scores, wanted, ctx.candidates)).keep, ctx, wanted))
+
+
+def stage_budget(ctx: VisualContext, keep: Keep, stage: int, stages: int) -> Tensor:
+    """(I,) long: tokens of each item after ``stage`` of ``stages`` cuts that shrink it by the same factor."""
+    last, tokens = ctx.budget(keep), ctx.budget(1.0)
+    return (tokens * (last / tokens).double() ** (stage / stages)).round().long().clamp(min=1)
+
+
+def layer_at(place: int | float, depth: int) -> int:
+    """Decoder layer of a place: an int is the layer itself, a float in (0, 1) a share of the depth.
+
+    >>> layer_at(0.5, 32), layer_at(3, 32)
+    (16, 3)
+    """
+    return place if isinstance(place, int) else round(place * depth)
+
+
+def check_place(name: str, place: object, least: int = 0) -> None:
+    """Validate a place for `layer_at`.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a layer number of at least ``least`` nor a share of the depth.
+    """
+    whole = isinstance(place, int) and not isinstance(place, bool) and place >= least
+    if not whole and not (isinstance(place, float) and 0 < place < 1):
+        raise ValueError(
+            f"{name}={place!r} is no decoder layer: give its number, at least {least}, or a share of the depth in "
+            "(0, 1) such as 0.5."
+        )
+
+
+def with_newlines(keep: Tensor, ctx: VisualContext, wanted: Tensor) -> Tensor:
+    """Add newlines to (I, N) bool: all of them, or as many as a budget (I,) beyond the patches has room for."""
+    newline = ctx.newline & ctx.valid
+    if ctx.newlines == "keep":
+        return keep | newline
+    return keep | (newline & (newline.cumsum(1) <= (wanted - keep.sum(1))[:, None]))
+
+
+def check_scores(scores: Tensor, ctx: VisualContext, name: str) -> Tensor:
+    """Scores as float32, 0 outside of the candidates; or a sentence if a candidate has none.
+
+    Raises
+    ------
+    ValueError
+        If a score of a candidate is not finite.
+    """
+    bad = ctx.candidates & ~scores.isfinite()
+    if bool(bad.any()):
+        item, slot = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"Reducer {name!r} found the score {scores[item, slot].item()} at token {slot} of image {item}: "
+            "the model's features are not finite there; check its dtype (float16 overflows) and its inputs."
+        )
+    return scores.float().masked_fill(~ctx.candidates, 0.0)
+
+
+def check_features(features: Tensor, keep: Tensor, name: str) -> Tensor:
+    """Features (I, N, D) as they are, or a sentence if a kept token has a value that is not finite.
+
+    Raises
+    ------
+    ValueError
+        If a feature of a token in ``keep`` (I, N) is not finite.
+    """
+    bad = keep & ~features.isfinite().all(2)
+    if bool(bad.any()):
+        item, slot = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"Reducer {name!r} found features that are not finite at token {slot} of image {item}: check the model's "
+            "dtype (float16 overflows) and its inputs."
+        )
+    return features

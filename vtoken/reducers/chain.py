@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reducers one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtoken.context import Cut, VisualContext
+from vtoken.encoder import EncoderRead
+from vtoken.reducers.base import KeepReducer, Reducer
+from vtoken.registry import register
+
+
+@register("chain")
+@dataclass(frozen=True)
+class Chain(Reducer):
+    """Apply reducers in order; each one sees what those before it kept.
+
+    Stages before the language model come first, each works on the tokens and features the former one left. Stages
+    inside it act at their layers, in order where they share one. A stage may do both. Every ``keep`` is a share of the
+    *original* tokens of an image, so ``Chain([IDPruner(keep=0.5), FastV(keep=0.25)])`` ends with a quarter of them.
+
+    Parameters
+    ----------
+    reducers : sequence of Reducer
+        At least one.
+
+    Raises
+    ------
+    ValueError
+        If a stage is no reducer, a stage before the language model comes after one inside it, a later ``keep`` is no
+        smaller than an earlier one before the language model, or two stages need different attention rows of a layer.
+    """
+
+    summary = "Several reducers, one after the other."
+
+    reducers: Sequence[Reducer] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reducers, Reducer) or not isinstance(self.reducers, Iterable):
+            raise ValueError(f"Chain({self.reducers!r}) is no list: write Chain([first, second]).")
+        stages = tuple(self.reducers)
+        object.__setattr__(self, "reducers", stages)
+        if not stages:
+            raise ValueError("A chain needs at least one stage: write Chain([IDPruner(keep=0.5), ToDRE(keep=0.25)]).")
+        for stage in stages:
+            if not isinstance(stage, Reducer):
+                raise ValueError(f"Chain stage {stage!r} is no reducer: build it first, get_reducer({stage!r}).")
+        self._check_order()
+        before = [stage for stage in stages if "before_llm" in stage.stages] or list(stages)
+        self._set("newlines", "keep" if all(stage.newlines == "keep" for stage in before) else "drop")
+        self._set("positions", "compact" if all(stage.positions == "compact" for stage in stages) else "keep")
+        self._set("needs_projector", any(stage.needs_projector for stage in stages))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_order(self) -> None:
+        inside, last = None, None
+        for stage in self.reducers:
+            if "before_llm" not in stage.stages:
+                inside = inside or stage
+                continue
+            if inside is not None:
+                raise ValueError(
+                    f"Chain: {stage.name!r} acts before the language model and cannot follow {inside.name!r}, which "
+                    f"acts inside it: put {stage.name!r} first."
+                )
+            if isinstance(stage, KeepReducer):
+                if last is not None and type(stage.keep) is type(last.keep) and stage.keep >= last.keep:
+                    raise ValueError(
+                        f"Chain: {stage.name!r} with keep={stage.keep} does nothing after {last.name!r} with "
+                        f"keep={last.keep}: keep counts an image's original tokens, so give a smaller one."
+                    )
+                last = stage
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        found = {name for stage in self.reducers for name in stage.stages}
+        return tuple(name for name in ("before_llm", "in_llm") if name in found)
+
+    @property
+    def is_identity(self) -> bool:
+        return all(stage.is_identity for stage in self.reducers)
+
+    @property
+    def _active(self) -> tuple[Reducer, ...]:
+        return tuple(stage for stage in self.reducers if not stage.is_identity)
+
+    def encoder_reads(self) -> tuple[EncoderRead, ...]:
+        return tuple(dict.fromkeys(read for stage in self._active for read in stage.encoder_reads()))
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(sorted({layer for stage in self._active for layer in stage.layers(depth)}))
+
+    def taps(self, depth: int) -> dict[int, str]:
+        rows: dict[int, str] = {}
+        owner: dict[int, str] = {}
+        for stage in self._active:
+            for layer, wanted in stage.taps(depth).items():
+                if rows.setdefault(layer, wanted) != wanted:
+                    raise ValueError(
+                        f"Chain: {owner[layer]!r} reads the {rows[layer]!r} attention rows of layer {layer} and "
+                        f"{stage.name!r} the {wanted!r} rows: move one of them to another layer."
+                    )
+                owner.setdefault(layer, stage.name)
+        return rows
+
+    def before_llm(self, ctx: VisualContext) -> Cut | None:
+        """One cut with the effect of all stages before the language model."""
+        return _compose(ctx, [stage.before_llm for stage in self._active])
+
+    def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
+        """One cut with the effect of all stages that act at ``layer``."""
+        acting = [stage for stage in self._active if layer in stage.layers(ctx.depth)]
+        return _compose(ctx, [lambda ctx, stage=stage: stage.at_layer(layer, ctx) for stage in acting])
+
+    def config(self) -> dict[str, Any]:
+        return {"reducer": self.name, "stages": [stage.config() for stage in self.reducers]}
+
+    def __str__(self) -> str:
+        return " > ".join(str(stage) for stage in self.reducers)
+
+
+def _compose(ctx: VisualContext, steps: Sequence[Any]) -> Cut | None:
+    total: Cut | None = None
+    for step in steps:
+        cut = step(ctx)
+        if cut is None:
+            continue
+        ctx = ctx.after(cut)
+        if total is not None:
+            features = ctx.features if cut.features is not None or total.features is not None else None
+            sizes = cut.sizes if cut.sizes is not None else total.sizes
+            cut = Cut(total.keep & cut.keep, features, sizes, _follow(total, cut))
+        total = cut
+    return total
+
+
+def _follow(first: Cut, second: Cut) -> torch.Tensor | None:
+    """Slots that tokens end up in after two merges; None if neither merged."""
+    if first.source is None and second.source is None:
+        return None
+    slots = torch.arange(first.keep.shape[1], device=first.keep.device).expand(first.keep.shape)
+    one, two = (torch.where(cut.keep, slots, -1) if cut.source is None else cut.source for cut in (first, second))
+    return torch.where(one < 0, -1, two.gather(1, one.clamp(min=0)))

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IDPruner: maximal marginal relevance of importance and diversity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtoken.context import VisualContext
+from vtoken.encoder import EncoderRead
+from vtoken.ops import mmr
+from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.registry import register
+
+
+@register("idpruner")
+@dataclass(frozen=True)
+class IDPruner(SelectReducer):
+    """IDPruner (arXiv 2602.13315): trade importance against similarity to the tokens kept so far.
+
+    The published importance comes from a trained scorer. Here it is the attention inside the vision tower, of [CLS]
+    where there is one, else received from all patches: a training-free variant of the method, to which the published
+    numbers do not apply. A ``scorer`` brings any other importance, such as the trained one.
+
+    Parameters
+    ----------
+    lam : float
+        Weight of the importance, in [0, 1].
+    parallel : int
+        Picks a step; they do not see each other.
+    layer : int
+        Block of the vision tower.
+    scorer : callable, optional
+        ``scorer(ctx) -> (I, N)`` scores of any scale.
+
+    Raises
+    ------
+    ValueError
+        If ``keep``, ``lam`` or ``parallel`` is out of range.
+    """
+
+    summary = "Importance against redundancy, greedily (MMR)."
+    paper = "2602.13315"
+
+    lam: float = 0.5
+    parallel: int = 1
+    layer: int = -2
+    scorer: Callable[[VisualContext], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam={self.lam} is outside of [0, 1]: 1 is importance alone, 0 diversity alone.")
+        if self.parallel < 1:
+            raise ValueError(f"parallel={self.parallel} is no number of picks a step: give at least 1.")
+
+    def encoder_reads(self) -> tuple[EncoderRead, ...]:
+        return () if self.scorer else (EncoderRead("best", self.layer),)
+
+    def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
+        """Slots (I, K) in pick order."""
+        scores = self.scorer(ctx) if self.scorer else ctx.encoder[self.encoder_reads()[0]]
+        scores = check_scores(scores, ctx, self.name)
+        return mmr(ctx.features, scores, budget, self.lam, self.parallel, ctx.candidates)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A random subset: the control every method has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtoken.context import VisualContext
+from vtoken.reducers.base import ScoreReducer
+from vtoken.registry import register
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(ScoreReducer):
+    """Keep a random subset of the tokens of each image.
+
+    The draw depends on the seed and on the number of tokens of the image alone, so that an image gets the same tokens
+    in any batch.
+
+    Parameters
+    ----------
+    seed : int
+        Non-negative.
+
+    Raises
+    ------
+    ValueError
+        If ``keep`` or ``seed`` is out of range.
+    """
+
+    summary = "A random subset (control)."
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r} is no seed: give an int of at least 0.")
+
+    def score(self, ctx: VisualContext) -> Tensor:
+        """Random numbers (I, N)."""
+        draws = [self._draw(len(layout.view)) for layout in ctx.layouts]
+        return torch.nn.utils.rnn.pad_sequence(draws, True).to(ctx.hidden.device)
+
+    def _draw(self, tokens: int) -> Tensor:
+        return torch.rand(tokens, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + tokens))

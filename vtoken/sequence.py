@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ragged row surgery on left-padded batches: pure tensor functions, no model knowledge.
+
+Shapes: B rows, S tokens before a cut, n tokens after it (the longest row), D channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Right-align the kept tokens of each row.
+
+    Parameters
+    ----------
+    keep : Tensor
+        (B, S) bool.
+
+    Returns
+    -------
+    index : Tensor
+        (B, n) long: the kept positions of each row, in order, behind zeros; n is the largest count.
+    valid : Tensor
+        (B, n) bool: False on the padding.
+    """
+    count = keep.sum(1)
+    n = int(count.max())
+    order = keep.to(torch.int8).sort(dim=1, stable=True).indices  # dropped first, kept last, both in order
+    index = order[:, keep.shape[1] - n :]
+    valid = torch.arange(n, device=keep.device)[None] >= (n - count)[:, None]
+    return torch.where(valid, index, 0), valid
+
+
+def gather(x: Tensor, index: Tensor, dim: int = 1, batch: int = 0) -> Tensor:
+    """Take ``index[b]`` along ``dim`` for each row ``b`` of the ``batch`` dimension (size 1 broadcasts)."""
+    if x.shape[batch] != index.shape[0]:
+        x = x.expand(*[index.shape[0] if d == batch else s for d, s in enumerate(x.shape)])
+    shape = [1] * x.dim()
+    shape[batch], shape[dim] = index.shape
+    size = list(x.shape)
+    size[dim] = index.shape[1]
+    return x.gather(dim, index.to(x.device).view(shape).expand(size))
+
+
+def hidden_value(mask: Tensor) -> Tensor:
+    """What a prepared attention mask (bool or additive) holds where a key is hidden."""
+    value = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return torch.tensor(value, dtype=mask.dtype, device=mask.device)
+
+
+def gather_mask(mask: Tensor, index: Tensor, valid: Tensor, past: int = 0) -> Tensor:
+    """Cut the rows and the new columns of a prepared mask.
+
+    Parameters
+    ----------
+    mask : Tensor
+        (B or 1, H or 1, S, KV) bool or additive; columns ``past : past + S`` are the new tokens. In a static cache
+        KV is larger than that, and the freed slots become hidden.
+    index, valid : Tensor
+        As returned by `compact`.
+
+    Returns
+    -------
+    Tensor
+        (B, H or 1, n, past + n), or (B, H or 1, n, KV) for a static cache.
+    """
+    rows, n = index.shape
+    mask = mask.expand(rows, -1, -1, -1)
+    kv, length = mask.shape[-1], mask.shape[2]
+    cut = gather(mask, index, dim=2)
+    off = hidden_value(mask)
+    new = gather(cut[..., past : past + length], index, dim=3)
+    new = torch.where(valid[:, None, None, :].to(cut.device), new, off)
+    parts = [cut[..., :past], new]
+    if (unused := kv - past - length) > 0:
+        parts.append(off.expand(rows, cut.shape[1], n, unused + length - n))
+    return torch.cat(parts, -1)
+
+
+def restore(hidden: Tensor, keep: Tensor) -> Tensor:
+    """Bring compacted states back to full length.
+
+    A dropped position gets the state of the nearest kept one before it, so that next-token logits and a shifted
+    loss are those of the shortened sequence.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        (B, n, D), right aligned.
+    keep : Tensor
+        (B, S) bool, the mask that `compact` was given.
+
+    Returns
+    -------
+    Tensor
+        (B, S, D).
+    """
+    n = hidden.shape[1]
+    count = keep.sum(1, keepdim=True)
+    rank = (keep.cumsum(1) - 1).clamp(min=0) + (n - count)
+    return gather(hidden, rank.clamp(max=n - 1).to(hidden.device))

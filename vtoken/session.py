@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attaches a reducer to a model: hooks in, prefill cut, decode masks realigned, hooks out.
+
+Contract: every shape visible from outside stays (logits, labels, ``generate``'s ids, masks and positions,
+``cache.get_seq_length()``); only what the decoder computes and stores is shorter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vtoken import attention as att
+from vtoken.adapters.base import MODALITIES, Adapter
+from vtoken.cache import CacheState, is_static, logical_length, state_of
+from vtoken.context import VisualContext
+from vtoken.encoder import EncoderRead
+from vtoken.prefill import Prefill, build_mask, layer_type
+from vtoken.reducers.base import Reducer
+from vtoken.stats import Stats
+from vtoken.tower import ITEM, VisionReader, VisionRecord, expand_items, feature_list
+
+
+class _Forward:
+    """One forward pass of the outer module: a decode step (``kinds`` is None) or a prefill with new visual tokens."""
+
+    def __init__(self, cache: Any, kinds: Tensor | None = None, mask2d: Tensor | None = None) -> None:
+        self.cache, self.state = cache, state_of(cache)
+        self.kinds, self.mask2d = kinds, mask2d
+        self.records: dict[str, VisionRecord] = {}
+        self.lengths: dict[str, list[int]] = {}
+        self.prefill: Prefill | None = None
+        self.taps = contextlib.ExitStack()
+        self.masks: dict[Any, Any] = {}
+        self.thread = threading.get_ident()
+
+
+class Session:
+    """A reducer at work on one model.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        Where things are in the model.
+    reducer : Reducer
+        What to do.
+    positions : str
+        ``"keep"`` the original position ids of kept tokens, or ``"compact"``: renumber them.
+    backend : str
+        ``"drop"``, or ``"mask"``: the same result by hiding tokens instead of dropping them (slow; a reference).
+    """
+
+    def __init__(self, adapter: Adapter, reducer: Reducer, positions: str, backend: str) -> None:
+        self.adapter, self.reducer, self.positions, self.backend = adapter, reducer, positions, backend
+        depth = len(adapter.layers)
+        active = not reducer.is_identity
+        self.layers = frozenset(reducer.layers(depth)) if active else frozenset()
+        self.taps = reducer.taps(depth) if active else {}
+        self.reader = VisionReader(
+            adapter, reducer.encoder_reads() if active else (), active and reducer.needs_projector
+        )
+        for layer in {*self.layers, *self.taps}:
+            if not 0 <= layer < depth:
+                raise ValueError(f"Reducer {reducer.name!r} wants layer {layer}, but the decoder has {depth} layers.")
+        self.stats: Stats | None = None
+        self._forward: _Forward | None = None
+        self._handles: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
+
+    # ------------------------------------------------------------------ attach and detach
+    def attach(self) -> None:
+        """Install all hooks and instance-level wraps."""
+        adapter = self.adapter
+        try:
+            if adapter.outer is not None:
+                self._before(adapter.outer, self._outer_pre)
+                for modality in MODALITIES:
+                    if hasattr(adapter.outer, name := f"get_{modality}_features"):
+                        self.wrap_method(adapter.outer, name, functools.partial(self._reading, modality))
+            self._before(adapter.language_model, self._language_pre)
+            after = adapter.language_model.register_forward_hook(
+                self._language_post, with_kwargs=True, always_call=True
+            )
+            self._handles.append(after)
+            for index, layer in enumerate(adapter.layers):
+                self._before(layer, functools.partial(self._layer_pre, index))
+            self.wrap_method(adapter.generator, "create_masks_for_generate", self._static_masks, create_masks_for_generate)
+            adapter.install(self)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Remove every trace."""
+        for handle in self._handles:
+            handle.remove()
+        for undo in reversed(self._undo):
+            undo()
+        self._handles.clear()
+        self._undo.clear()
+
+    def _before(self, module: nn.Module, hook: Callable) -> None:
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def wrap_method(self, owner: Any, name: str, make: Callable[[Callable], Callable], default: Any = None) -> None:
+        """Replace a method on one instance until `detach`; ``make(original)`` returns the replacement."""
+        original, own = getattr(owner, name, default), vars(owner).get(name)
+        setattr(owner, name, functools.wraps(original)(make(original)))
+        self._undo.append(lambda: delattr(owner, name) if own is None else setattr(owner, name, own))
+
+    # ------------------------------------------------------------------ vision side
+    def _reading(self, modality: str, original: Callable) -> Callable:
+        def read(*args: Any, **kwargs: Any) -> Any:
+            if self.reader.busy:
+                return original(*args, **kwargs)
+            output, record = self.reader(original, modality, *args, **kwargs)
+            if self._forward is not None:
+                self._forward.records[modality] = record
+            return output
+
+        return read
+
+    def _static_masks(self, original: Callable) -> Callable:
+        """Static caches: generate() prepares 4-D masks before calling forward."""
+
+        def make(*args: Any, attention_mask=None, past_key_values=None, inputs_embeds=None, **kwargs: Any) -> Any:
+            if (state := state_of(past_key_values)) is not None:
+                attention_mask = state.mask2d(past_key_values, 0, inputs_embeds.shape[1], attention_mask)
+            return original(
+                *args,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+
+        return make
+
+    # ------------------------------------------------------------------ outer module: is this a prefill?
+    def _outer_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():  # a compiled decoding step on a static cache needs nothing here
+            cache = kwargs.get("past_key_values")
+            keys = (*self.adapter.pixel_keys, "mm_encoder_outputs")
+            if not any(kwargs.get(key) is not None for key in keys) and (cache is None or is_static(cache)):
+                return None
+        return self._open_forward(module, args, kwargs)
+
+    @torch.compiler.disable
+    def _open_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._forward is not None and self._forward.thread != threading.get_ident():
+            raise RuntimeError(
+                "Two threads are running one wrapped model at the same time: give each thread its own copy, "
+                "or guard the calls with a lock."
+            )
+        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        call = {**bound, **bound.get("kwargs", {})}
+        self._forward = None
+        cache, encoded = call.get("past_key_values"), call.get("mm_encoder_outputs") or {}
+        given = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
+        if given is None:
+            return None  # the model raises its own error
+        if given.shape[0] == 0 or given.shape[1] == 0:
+            raise ValueError(f"The batch is empty (input of shape {tuple(given.shape)}): pass at least one token.")
+        state = state_of(cache)
+        self._check_cache(cache, state, given)
+        pixels = any(call.get(key) is not None for key in self.adapter.pixel_keys)
+        if pixels or any(output is not None for output in encoded.values()):
+            if any(getattr(output, "last_hidden_state", 0) is None for output in encoded.values() if output is not None):
+                raise NotImplementedError(
+                    "prefill_chunk_size may split an image between chunks, which vtoken does not support: "
+                    "remove it from the generation config."
+                )
+            self._open_prefill(call, cache, encoded)
+        elif state is not None:
+            mask = call.get("attention_mask")
+            two = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            self._forward = _Forward(cache, mask2d=two)
+            if (mask is None or two is not None) and not is_static(cache):
+                return args, {**kwargs, "attention_mask": state.mask2d(cache, 0, given.shape[1], mask)}
+        return None
+
+    @staticmethod
+    def _check_cache(cache: Any, state: CacheState | None, given: Tensor) -> None:
+        if state is None:
+            return
+        if state.rows != given.shape[0]:
+            raise RuntimeError(
+                f"The cache was pruned for a batch of {state.rows}, not {given.shape[0]}: start with a new cache."
+            )
+        if is_static(cache) and given.shape[1] > 1:
+            raise NotImplementedError(
+                "A pruned StaticCache cannot take a further prompt, it does not know its logical length: "
+                "use a dynamic cache for several turns."
+            )
+
+    def _open_prefill(self, call: dict[str, Any], cache: Any, encoded: dict[str, Any]) -> None:
+        kinds = self.adapter.modality(call.get("input_ids"), call.get("inputs_embeds"))
+        if not bool((kinds > 0).any()):
+            return
+        self._forward = _Forward(cache, kinds)
+        for modality, output in encoded.items():
+            if output is not None and ITEM in output:
+                self._forward.records[modality] = output[ITEM]
+                self._forward.lengths[modality] = [len(x) for x in feature_list(output)]
+
+    # ------------------------------------------------------------------ language model
+    @torch.compiler.disable
+    def _language_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        forward = self._forward
+        if forward is None or forward.kinds is None:
+            return None
+        started = time.perf_counter()
+        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        past = logical_length(kwargs.get("past_key_values"))
+        cache = kwargs.get("past_key_values")
+        real = self._real_tokens(mask, embeds, past)
+        ctx = self._context(forward, embeds, real, kwargs.get("position_ids"))
+        two = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        hide = self.backend == "mask"
+        forward.prefill = prefill = Prefill(self.adapter, ctx, real, cache, forward.state, two, past, hide)
+        self.stats = Stats(ctx.tokens, ctx.row, len(self.adapter.layers))
+        cut = None if self.reducer.is_identity else self.reducer.before_llm(ctx)
+        kwargs = prefill.cut_inputs(cut, kwargs, self.positions)
+        self.stats.add_group(0, ctx)
+        for layer, rows in self.taps.items():
+            block = self.adapter.attention(self.adapter.layers[layer])
+            forward.taps.enter_context(att.tap(block, prefill.reader(layer, rows)))
+        self.stats.selection_seconds += time.perf_counter() - started
+        return args, kwargs
+
+    @staticmethod
+    def _real_tokens(mask: Any, embeds: Tensor, past: int) -> Tensor:
+        """(B, S) bool: new tokens that are not padding, from whatever mask the language model was given."""
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        rows, length = embeds.shape[:2]
+        if mask is None:
+            return torch.ones(rows, length, dtype=torch.bool, device=embeds.device)
+        if mask.dim() == 2:
+            return mask[:, -length:].bool().expand(rows, -1).to(embeds.device)
+        last = mask[:, 0, -1, past : past + length]  # a prepared mask: what the last query sees
+        return (last if last.dtype == torch.bool else last == 0).expand(rows, -1).to(embeds.device)
+
+    def _context(self, forward: _Forward, embeds: Tensor, real: Tensor, position_ids: Any) -> VisualContext:
+        kinds = torch.where(real, forward.kinds.to(embeds.device), 0)  # type: ignore[union-attr]
+        item, slot = (torch.full(kinds.shape, -1, device=embeds.device) for _ in range(2))
+        layouts: list[Any] = []
+        maps: dict[EncoderRead, list[Tensor]] = {read: [] for read in self.reader.reads}
+        inputs: list[Tensor] = []
+        for modality, code in MODALITIES.items():
+            here = kinds == code
+            if (record := forward.records.get(modality)) is None or not bool(here.any()):
+                continue
+            order = expand_items(record.lengths, here.sum(1).tolist())
+            lengths = [record.lengths[i] for i in order]
+            numbers = torch.arange(len(order), device=embeds.device) + len(layouts)
+            counts = torch.tensor(lengths, device=embeds.device)
+            item[here] = numbers.repeat_interleave(counts)
+            slot[here] = torch.cat([torch.arange(n, device=embeds.device) for n in lengths])
+            layouts += [record.layouts[i] for i in order]
+            for read, values in record.maps.items():
+                parts = values.split(record.lengths)
+                maps[read] += [parts[i].to(embeds.device) for i in order]
+            if record.projector_input is not None:
+                parts = record.projector_input.split(record.lengths)
+                inputs += [parts[i].to(embeds.device) for i in order]
+        return VisualContext(
+            hidden=embeds,
+            item=item,
+            slot=slot,
+            text=real & (kinds == 0),
+            layouts=layouts,
+            encoder={read: pad_sequence(parts, True, float("nan")) for read, parts in maps.items() if parts},
+            position_ids=position_ids,
+            projector_input=pad_sequence(inputs, True, float("nan")) if inputs else None,
+            projector=self.adapter.projector if inputs else None,
+            depth=len(self.adapter.layers),
+            newlines=self.reducer.newlines,
+        )
+
+    def _language_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        forward, self._forward = self._forward, None
+        if forward is None or forward.prefill is None:
+            return None
+        return self._close_prefill(forward, output)
+
+    @torch.compiler.disable
+    def _close_prefill(self, forward: _Forward, output: Any) -> Any:
+        forward.taps.close()
+        if output is None:  # the forward raised
+            return None
+        return forward.prefill.finish(output)  # type: ignore[union-attr]
+
+    # ------------------------------------------------------------------ decoder layers
+    def _layer_pre(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        forward = self._forward
+        if forward is None or forward.prefill is None:
+            return self._decode_layer(index, args, kwargs, forward)
+        return self._prefill_layer(index, module, args, kwargs, forward.prefill)
+
+    def _decode_layer(self, index: int, args: tuple, kwargs: dict[str, Any], forward: _Forward | None) -> Any:
+        """A layer that stores other columns than layer 0 needs a mask of its own."""
+        cache = kwargs.get("past_key_values")
+        state = state_of(cache)
+        if state is None or not hasattr(cache.layers[index], "get_seq_length"):
+            return None
+        query, kind = args[0].shape[1], layer_type(self.adapter, index)
+        sliding = kind == "sliding_attention" and not state.static_length and query == 1
+        if state.same_as_first[index] and not sliding:
+            return None
+        memo = {} if forward is None else forward.masks
+        key = (id(state.stored[index]), kind)
+        if key not in memo:
+            window = self.adapter.language_model.config.sliding_window if sliding else None
+            mask = state.mask2d(cache, index, query, None if forward is None else forward.mask2d, window)
+            if mask is None and kwargs.get("attention_mask") is None:
+                memo[key] = None
+            else:
+                memo[key] = build_mask(self.adapter, index, args[0], mask, cache)
+        return args, {**kwargs, "attention_mask": memo[key]}
+
+    @torch.compiler.disable
+    def _prefill_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict, prefill: Prefill) -> Any:
+        hidden = args[0]
+        if index in self.layers and bool(prefill.ctx.visual.any()):
+            self._check_checkpointing(module)
+            started = time.perf_counter()
+            ctx = prefill.prepare_context(index, hidden, module, kwargs)
+            hidden = prefill.cut_layer(index, hidden, self.reducer.at_layer(index, ctx))
+            self.stats.add_group(index, ctx)  # type: ignore[union-attr]
+            self.stats.selection_seconds += time.perf_counter() - started  # type: ignore[union-attr]
+        return (hidden, *args[1:]), prefill.layer_kwargs(index, hidden, kwargs)
+
+    @staticmethod
+    def _check_checkpointing(module: nn.Module) -> None:
+        checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
+        if checkpointing and "__call__" in vars(GradientCheckpointingLayer):
+            raise NotImplementedError(
+                "Cutting inside the decoder under gradient checkpointing needs transformers >= 5.23: "
+                "upgrade, or use a reducer that acts before the language model."
+            )

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the last prefill of a wrapped model did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vtoken.context import VisualContext
+
+
+@dataclass(frozen=True)
+class ImageStats:
+    """Tokens of one image or clip: its batch row, how many it had, how many entered and how many left the decoder."""
+
+    row: int
+    tokens: int
+    kept: int
+    kept_last: int
+
+
+@dataclass
+class Stats:
+    """Token counts of the last prefill; nothing is copied from the device before it is asked for.
+
+    Parameters
+    ----------
+    tokens, rows : Tensor
+        (I,) long: visual tokens and batch row of each image.
+    depth : int
+        Decoder layers.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    depth: int
+    selection_seconds: float = 0.0
+    """Host time spent in the session before the language model and at layers (kernels may still run on a GPU)."""
+    _groups: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def add_group(self, layer: int, ctx: VisualContext) -> None:
+        """Remember how many tokens of each image are left from ``layer`` on."""
+        self._groups.append((layer, ctx.valid.sum(1)))
+
+    @property
+    def images(self) -> list[ImageStats]:
+        """One entry per image, in the order of the batch."""
+        first, last = self._groups[0][1].tolist(), self._groups[-1][1].tolist()
+        columns = self.rows.tolist(), self.tokens.tolist(), first, last
+        return [ImageStats(*values) for values in zip(*columns, strict=True)]
+
+    @property
+    def layers(self) -> list[tuple[int, list[int]]]:
+        """(first layer, visual tokens of each image from there on) for every cut."""
+        return [(layer, kept.tolist()) for layer, kept in self._groups]
+
+    @property
+    def tokens_in(self) -> int:
+        """Visual tokens that the prompt had."""
+        return int(self.tokens.sum())
+
+    @property
+    def tokens_kept(self) -> int:
+        """Visual tokens that entered the language model."""
+        return int(self._groups[0][1].sum())
+
+    @property
+    def tokens_per_layer(self) -> float:
+        """Visual tokens averaged over the decoder layers."""
+        ends = [layer for layer, _ in self._groups[1:]] + [self.depth]
+        work = sum((end - layer) * int(kept.sum()) for (layer, kept), end in zip(self._groups, ends, strict=True))
+        return work / self.depth
+
+    def __str__(self) -> str:
+        steps = ", ".join(f"layer {layer}: {sum(kept)}" for layer, kept in self.layers)
+        return f"{self.tokens_in} visual tokens -> {steps} ({self.selection_seconds * 1e3:.1f} ms to select)"

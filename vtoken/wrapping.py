@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``wrap``, ``unwrap``, ``reduce`` and ``stats``: the four functions most users need."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vtoken.adapters import adapter_for
+from vtoken.reducers.base import Reducer
+from vtoken.registry import get_reducer
+from vtoken.session import Session
+from vtoken.stats import Stats
+
+Model = TypeVar("Model", bound=nn.Module)
+ATTRIBUTE = "_vtoken_session"
+POSITIONS = ("keep", "compact")
+BACKENDS = ("drop", "mask")
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session that `wrap` left on a model."""
+    return vars(model).get(ATTRIBUTE)
+
+
+def wrap(
+    model: Model,
+    reducer: str | Mapping[str, Any] | Path | Reducer,
+    *,
+    positions: str | None = None,
+    backend: str = "drop",
+    **params: Any,
+) -> Model:
+    """Make a vision-language model drop visual tokens from now on.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model that `vtoken.adapters` knows. It is changed in place, by hooks.
+    reducer : str, mapping, Path or Reducer
+        See `vtoken.get_reducer`.
+    positions : {"keep", "compact"}, optional
+        Keep the original position ids of kept tokens, or renumber them; by default what the reducer's authors do
+        where the model allows it.
+    backend : {"drop", "mask"}
+        ``"mask"`` hides tokens instead of dropping them: nothing gets faster, the answers are the same.
+    **params
+        Parameters of the reducer, such as ``keep=0.25``.
+
+    Returns
+    -------
+    nn.Module
+        ``model`` itself.
+
+    Raises
+    ------
+    ValueError
+        If the reducer or a parameter is unknown, or the model is wrapped already.
+    TypeError
+        If no adapter knows the model.
+    """
+    if (active := session_of(model)) is not None:
+        raise ValueError(f"The model is wrapped already, with {active.reducer}: call vtoken.unwrap(model) first.")
+    built = get_reducer(reducer, **params)
+    if positions is None:
+        positions = "keep"
+    if positions not in POSITIONS:
+        raise ValueError(f"positions={positions!r} is unknown: choose one of {', '.join(POSITIONS)}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
+    session = Session(adapter_for(model), built, positions, backend)
+    session.attach()
+    object.__setattr__(model, ATTRIBUTE, session)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Undo `wrap`: no hook, attribute or changed method stays behind.
+
+    Raises
+    ------
+    ValueError
+        If the model is not wrapped.
+    """
+    if (session := session_of(model)) is None:
+        raise ValueError("The model is not wrapped, so there is nothing to undo: call vtoken.wrap(model, ...) first.")
+    session.detach()
+    object.__delattr__(model, ATTRIBUTE)
+    return model
+
+
+@contextlib.contextmanager
+def reduce(model: Model, reducer: str | Mapping[str, Any] | Path | Reducer, **kwargs: Any) -> Iterator[Model]:
+    """`wrap` for the duration of a ``with`` block.
+
+    >>> with vtoken.reduce(model, vtoken.IDPruner(keep=0.25)):  # doctest: +SKIP
+    ...     model.generate(**inputs)
+    """
+    wrap(model, reducer, **kwargs)
+    try:
+        yield model
+    finally:
+        unwrap(model)
+
+
+def stats(model: nn.Module) -> Stats:
+    """Token counts of the last prefill.
+
+    Raises
+    ------
+    ValueError
+        If the model is not wrapped, or no prompt with an image has run since.
+    """
+    if (session := session_of(model)) is None:
+        raise ValueError("The model is not wrapped, so there are no statistics: call vtoken.wrap(model, ...) first.")
+    if session.stats is None:
+        raise ValueError("No prompt with an image has run since the model was wrapped: call generate or forward first.")
+    return session.stats
