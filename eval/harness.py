@@ -29,17 +29,22 @@ def is_installed() -> bool:
     return importlib.util.find_spec("lmms_eval") is not None
 
 
-@functools.cache
-def load_harness() -> Any:
-    """Import ``lmms_eval.evaluator``; takes seconds, the host's log sinks and warning filters survive.
+def require() -> None:
+    """Check that lmms-eval can be imported.
 
     Raises
     ------
     MissingExtra
-        If lmms-eval is not installed.
+        If it is not installed.
     """
     if not is_installed():
         raise MissingExtra("Evaluation", "lmms-eval")
+
+
+@functools.cache
+def load_harness() -> Any:
+    """Import ``lmms_eval.evaluator``; takes seconds, the host's log sinks and warning filters survive."""
+    require()
     from loguru import logger
 
     quiet = lambda *args, **kwargs: 0  # noqa: E731

@@ -95,7 +95,7 @@ def embedded_folder(name: str) -> Path:
     """The checkpoint folder of an embedded model."""
     from vtoken import mini
 
-    return Path(mini.path(name))
+    return Path(mini.__path__[0]) / "weights" / name
 
 
 def folder_digest(folder: Path) -> str:

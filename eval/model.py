@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import itertools
 import json
 import sys
@@ -52,6 +53,10 @@ class ReducedModel(lmms):
         super().__init__()
         self.spec, self.batch_size, self.max_new_tokens = spec, batch_size, max_new_tokens
         self.model, self.processor = load_model(spec)
+        # arguments of the processor's call were plain ones in earlier versions of transformers
+        packing = {"padding": True, "return_tensors": "pt"}
+        named = "processor_kwargs" in inspect.signature(self.processor.apply_chat_template).parameters
+        self._packing = {"processor_kwargs": packing} if named else packing
         self.log: SampleLog | None = None
         self.on_answers: Callable[[int], None] = lambda count: None
         self.reducer: Reducer | None = None
@@ -129,12 +134,7 @@ class ReducedModel(lmms):
     def encode(self, conversations: Sequence[Conversation]) -> Any:
         """Model inputs of a left-padded batch."""
         inputs = self.processor.apply_chat_template(
-            list(conversations),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
+            list(conversations), add_generation_prompt=True, tokenize=True, return_dict=True, **self._packing
         )
         return inputs.to(self.model.device, self.model.dtype)
 

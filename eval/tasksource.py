@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from vtoken.eval.errors import MissingExtra, unknown
-from vtoken.eval.harness import is_installed, load_harness
+from vtoken.eval.errors import unknown
+from vtoken.eval.harness import load_harness, require
 from vtoken.eval.tasks import FOLDER, bundled_tasks
 
 STOCK_PROMPTS = {
@@ -56,8 +56,7 @@ def resolve_tasks(names: list[str]) -> list[TaskRef]:
     EvalError
         For an unknown name or a missing package.
     """
-    if not is_installed():
-        raise MissingExtra("Evaluation", "lmms-eval")
+    require()
     bundled = bundled_tasks()
     refs: list[TaskRef] = []
     for name in names:
@@ -74,8 +73,7 @@ def _bundled(name: str) -> TaskRef:
 
 def foreign_tasks() -> list[str]:
     """Names of lmms-eval's own tasks and groups."""
-    if not is_installed():
-        raise MissingExtra("Evaluation", "lmms-eval")
+    require()
     return list(_manager(None).all_tasks)
 
 

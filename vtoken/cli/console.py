@@ -8,15 +8,20 @@ from collections.abc import Iterator
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 WRONG_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
+PIPE_WIDTH = 140  # tables do not wrap in a file
+
+
 def out() -> Console:
     """The console for results; made anew so that redirections are honoured."""
-    return Console()
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def err() -> Console:
@@ -30,9 +35,5 @@ def sentences() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        err().print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        err().print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(WRONG_INPUT) from None
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

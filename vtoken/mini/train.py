@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import logging
 import math
 import time
@@ -36,6 +36,7 @@ log = logging.getLogger("vtoken.mini")
 
 WIDTH = 128
 EASY_STEPS = 600  # of the decoder's phase, with two shapes a scene: binding is found there first
+HARD_KINDS = [*KINDS, "existence", "position", "relation", "count", "word"]  # asked twice as often
 FIELD_WEIGHTS = {"kind": 1.0, "row": 0.2, "column": 0.2}
 
 
@@ -259,28 +260,139 @@ def sincos_positions(model: LlavaForConditionalGeneration) -> None:
         table[1:] = 0.2 * torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
 
 
+def align(model, symbols: Symbols, limit: int, minutes: float, seed: int = 3, lr: float = 2e-3) -> None:
+    """Phase 3: the projector turns the tower's features into the decoder's symbolic tokens; only it is trained."""
+    rng = batches.train_rng(seed)
+    projector = model.model.multi_modal_projector
+    opt = optimizer(projector.parameters(), lr)
+    schedule, losses = Schedule(opt, lr, limit, warmup=20), []
+    for step in steps(limit, minutes):
+        schedule.set(step)
+        batch = batches.scene_batch(16, rng, crowded=step % 2 == 0)
+        with torch.no_grad():
+            features = visual_states(model, batch.pixels)[0][:, 1:]
+            wanted = symbols(batch.labels)
+        loss = symbol_loss(projector(features), wanted, batch.labels)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+        losses.append(loss.item() / wanted.var().item())
+        if step % 50 == 49:
+            log.info("align %d unexplained variance %.3f", step + 1, sum(losses) / len(losses))
+            losses.clear()
+
+
+def symbol_loss(visual: torch.Tensor, wanted: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Squared distance (a mean over channels) to the symbolic tokens, over the patches whose content is clear."""
+    weight = torch.where(labels["kind"] > 0, 3.0, 1.0) * (labels["kind"] != IGNORE)
+    return ((visual - wanted).square().mean(-1) * weight).sum() / weight.sum()
+
+
+def teach_all(
+    model, heads: Heads, limit: int, minutes: float, save, seed: int = 4, lr: float = 1e-3
+) -> None:
+    """Phase 4: the whole model answers questions about pictures; the dense losses keep the tower honest."""
+    rng = batches.train_rng(seed)
+    params = [*model.parameters(), *heads.parameters()]
+    opt = optimizer(params, lr)
+    schedule, meter, others = Schedule(opt, lr, limit), Meter(), []
+    everywhere = torch.arange(batches.PATCHES).expand(16, -1)
+    for step in steps(limit, minutes):
+        schedule.set(step)
+        batch = batches.scene_batch(16, rng)
+        pack = batches.pack(batch.scenes, 10, HARD_KINDS, rng)
+        states = visual_states(model, batch.pixels)
+        logits, target = answer_logits(model, model.model.multi_modal_projector(states[0][:, 1:]), everywhere, pack)
+        answers = F.cross_entropy(logits, target)
+        dense = heads.dense_loss(states[0][:, 1:], batch.labels)
+        picture = heads.picture_loss([state[:, 0] for state in states], batch.picture)
+        opt.zero_grad(set_to_none=True)
+        (answers + 0.05 * dense + 0.5 * picture).backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        meter.add(answers.item(), logits.argmax(-1) == target, pack)
+        others.append((dense.item(), picture.item()))
+        if step % 50 == 49:
+            dense_mean, picture_mean = (sum(x) / len(others) for x in zip(*others, strict=True))
+            log.info("joint %d %s | dense %.2f cls %.3f", step + 1, meter.report(), dense_mean, picture_mean)
+            others.clear()
+        if step % 250 == 249:
+            save()
+    save()
+
+
+def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Save model (float16) and processor as `transformers` loads them, and the digest that is checked at load."""
+    model.half().save_pretrained(folder)
+    model.float()
+    build_processor().save_pretrained(folder)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "sha256").write_text(digest + "\n")
+
+
+class Run:
+    """Checkpoints of the phases in one folder, so that each phase can be run and repeated alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model, self.symbols, self.heads = build_model(), Symbols(), Heads()
+        sincos_positions(self.model)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {
+            "lm": self.model.model.language_model,
+            "symbols": self.symbols,
+            "tower": self.model.model.vision_tower,
+            "heads": self.heads,
+            "projector": self.model.model.multi_modal_projector,
+        }
+
+    def save(self, phase: str, names: tuple[str, ...]) -> None:
+        torch.save({name: self.parts[name].state_dict() for name in names}, self.folder / f"{phase}.pt")
+
+    def load(self, phase: str) -> None:
+        for name, state in torch.load(self.folder / f"{phase}.pt").items():
+            self.parts[name].load_state_dict(state)
+
+    def decoder(self, limit: int, minutes: float) -> None:
+        teach_decoder(self.model, self.symbols, limit, minutes, lambda: self.save("decoder", ("lm", "symbols")))
+
+    def tower(self, limit: int, minutes: float) -> None:
+        teach_tower(self.model, self.heads, limit, minutes, lambda: self.save("tower", ("tower", "heads")))
+
+    def align(self, limit: int, minutes: float) -> None:
+        self.load("decoder")
+        self.load("tower")
+        align(self.model, self.symbols, limit, minutes)
+        self.save("align", tuple(self.parts))
+
+    def joint(self, limit: int, minutes: float) -> None:
+        self.load("align")
+        teach_all(self.model, self.heads, limit, minutes, lambda: self.save("joint", tuple(self.parts)))
+        export(self.model, self.folder / "export")
+
+
+PHASES = {"decoder": 6000, "tower": 4000, "align": 400, "joint": 3000}
+"""Phase -> steps."""
+
+
 def main() -> None:
     """Command line of the training script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=["decoder", "tower"])
+    parser.add_argument("phase", choices=[*PHASES, "all"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--minutes", type=float, default=1e9)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="instead of the phase's own number")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop a phase after this time")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    model, symbols, heads = build_model(), Symbols(), Heads()
-    sincos_positions(model)
-    if args.phase == "decoder":
-        def save() -> None:
-            torch.save({"lm": model.model.language_model.state_dict(), "symbols": symbols.state_dict()}, args.out / "decoder.pt")
-        teach_decoder(model, symbols, args.steps, args.minutes, save)
-    else:
-        def save() -> None:
-            torch.save({"tower": model.model.vision_tower.state_dict(), "heads": heads.state_dict()}, args.out / "tower.pt")
-        teach_tower(model, heads, args.steps, args.minutes, save)
+    torch.manual_seed(0)
+    run = Run(args.out)
+    for phase in PHASES if args.phase == "all" else [args.phase]:
+        getattr(run, phase)(args.steps or PHASES[phase], args.minutes)
 
 
 if __name__ == "__main__":

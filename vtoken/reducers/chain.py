@@ -12,10 +12,8 @@ import torch
 from vtoken.context import Cut, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.reducers.base import KeepReducer, Reducer
-from vtoken.registry import register
 
 
-@register("chain")
 @dataclass(frozen=True)
 class Chain(Reducer):
     """Apply reducers in order; each one sees what those before it kept.
@@ -36,6 +34,7 @@ class Chain(Reducer):
         smaller than an earlier one before the language model, or two stages need different attention rows of a layer.
     """
 
+    name = "chain"
     summary = "Several reducers, one after the other."
 
     reducers: Sequence[Reducer] = ()

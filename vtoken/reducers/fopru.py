@@ -76,7 +76,7 @@ def significance(received: Tensor, given: Tensor, valid: Tensor) -> Tensor:
 def by_row(scores: Tensor, row: Tensor, valid: Tensor) -> Tensor:
     """Scores (G, M) that put tokens in order of the mean score of their grid row, then of their own."""
     member = (row[:, None] == torch.arange(int(row.max()) + 1, device=row.device)[:, None]) & valid[:, None]
-    mean = (scores[:, None] * member).sum(2) / member.sum(2).clamp(min=1)
+    mean = scores[:, None].masked_fill(~member, 0.0).sum(2) / member.sum(2).clamp(min=1)
     row_place = mean.masked_fill(~member.any(2), float("-inf")).sort(dim=1, descending=True, stable=True).indices
     row_place = row_place.argsort(dim=1).gather(1, row)
     order = scores.sort(dim=1, descending=True, stable=True).indices

@@ -37,12 +37,7 @@ class Pooled(MergeReducer):
         views = Views.of(ctx)
         row, column = (views.take(x) for x in grid(ctx))
         cell = cells(row, column, views.valid, views.share(budget))
-        centre = _centres(row, column, cell)
-        slots = views.slots.flatten(0, 1)
-        target = slots.gather(1, centre.clamp(min=0)).masked_fill(centre < 0, -1)
-        source = torch.full((ctx.items, ctx.longest + 1), -1, device=slots.device)
-        place = torch.where(slots < 0, ctx.longest, slots).view(ctx.items, -1)
-        return source.scatter_(1, place, target.view(ctx.items, -1))[:, :-1]
+        return views.scatter(_centres(row, column, cell), ctx.longest)
 
 
 def cells(row: Tensor, column: Tensor, valid: Tensor, k: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vtoken.context import Attention, Cut, VisualContext
+from vtoken.context import Cut, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import k_center, max_sum
 from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.rows import leave, rows_at, text_to_visual
 from vtoken.reducers.views import thumbnail
 from vtoken.registry import register
 
@@ -77,21 +77,9 @@ class ToDRE(SelectReducer):
         """Drop every visual token of the rows whose question attends to them less than ``tau``."""
         if self.tau is None:
             return None
-        leave = text_to_visual(ctx.attention[layer - 1], ctx.visual) < self.tau
-        return Cut(ctx.valid & ~leave[ctx.row][:, None])
+        return leave(ctx, text_to_visual(rows_at(ctx, layer - 1), ctx.visual) < self.tau)
 
 
 def exit_layer(depth: int) -> int:
     """Layer 7/8 of the depth, and one that has a layer behind it."""
     return min(7 * depth // 8, depth - 2)
-
-
-def text_to_visual(attention: Attention, visual: Tensor) -> Tensor:
-    """Share (B,) of the attention of text rows that goes to visual tokens, mean over rows and heads (Eq. 8).
-
-    A row of the batch without any text row gets 1: nothing says that its visual tokens are not needed.
-    """
-    mass = (attention.probabilities.float().mean(1) * visual[:, None]).sum(2)
-    count = attention.valid.sum(1)
-    mean = (mass * attention.valid).sum(1) / count.clamp(min=1)
-    return torch.where(count > 0, mean, 1.0)

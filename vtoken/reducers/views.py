@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The candidates of a context regrouped by view: thumbnail, crops, tiles, frames."""
+"""The candidates of a context regrouped by view (thumbnail, crops, tiles, frames) or by any other number."""
 
 from __future__ import annotations
 
@@ -27,9 +27,19 @@ class Views:
 
     @classmethod
     def of(cls, ctx: VisualContext) -> Views:
-        """Group the candidates of ``ctx``."""
-        views = max(int(ctx.view.max()) + 1, 1)
-        member = (ctx.view[:, None] == torch.arange(views, device=ctx.view.device)[:, None]) & ctx.candidates[:, None]
+        """Group the candidates of ``ctx`` by view."""
+        return cls.by(ctx.view, ctx.candidates)
+
+    @classmethod
+    def whole(cls, ctx: VisualContext) -> Views:
+        """All candidates of an item in one group."""
+        return cls.by(torch.zeros_like(ctx.view), ctx.candidates)
+
+    @classmethod
+    def by(cls, number: Tensor, candidates: Tensor) -> Views:
+        """Group the candidates (I, N) by a non-negative number (I, N)."""
+        views = max(int(number.max()) + 1, 1)
+        member = (number[:, None] == torch.arange(views, device=number.device)[:, None]) & candidates[:, None]
         count = member.sum(2)
         order = member.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices[..., : int(count.max())]
         inside = torch.arange(order.shape[2], device=order.device) < count[..., None]
@@ -53,6 +63,13 @@ class Views:
         """Indices (I * V, K) inside the views, padded with -1, to slots (I, V * K) of the items."""
         slots = self.slots.flatten(0, 1).gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
         return slots.view(len(self.slots), -1)
+
+    def scatter(self, index: Tensor, longest: int) -> Tensor:
+        """An index (I * V, M) inside the views per token, padded with -1, to slots per token: (I, N)."""
+        slots = self.slots.flatten(1)
+        target = self.slots.flatten(0, 1).gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
+        out = torch.full((len(slots), longest + 1), -1, device=slots.device)
+        return out.scatter_(1, torch.where(slots < 0, longest, slots), target.view(len(slots), -1))[:, :-1]
 
     def share(self, budget: Tensor, equal: bool = False) -> Tensor:
         """Split the budget (I,) over the views: in proportion to their tokens, or equally where there is room.

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How rows read: the same columns for the terminal, the report and the README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from vtoken.eval.summary import Row
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "reducer": lambda row: row.reducer,
+    "keep": lambda row: "" if row.keep is None else f"{row.keep:g}",
+    "accuracy % [95 % CI]": lambda row: _accuracy(row),
+    "vs unpruned": lambda row: f"{100 * row.versus_unpruned.difference.value:+.1f}" if row.versus_unpruned else "",
+    "p": lambda row: _p_value(row),
+    "retained": lambda row: "" if row.retained is None else f"{100 * row.retained:.1f} %",
+    "tokens": lambda row: _tokens(row),
+    "prefill ms": lambda row: "" if row.prefill_ms is None else f"{row.prefill_ms:.1f}",
+    "speed-up": lambda row: "" if row.speedup is None else f"{row.speedup:.2f}x",
+    "KV": lambda row: "" if row.kv_bytes is None else bytes_text(row.kv_bytes),
+}
+LEGEND = (
+    "vs unpruned: paired difference in points, exact McNemar p-value. retained: share of the unpruned accuracy. "
+    "tokens: visual tokens that enter the language model, mean per question; in brackets the mean over its layers, "
+    "where a method drops more inside. prefill: {batch} prompts at once, without the vision tower, measured apart; "
+    "medians of alternating runs. KV: cache per prompt after the prefill."
+)
+
+
+def cells_of(row: Row) -> list[str]:
+    """The formatted columns of a row; the error in place of numbers where it failed."""
+    if row.error:
+        name = COLUMNS["reducer"](row), COLUMNS["keep"](row)
+        return [*name, "failed: " + row.error.strip().splitlines()[0], *[""] * (len(COLUMNS) - 3)]
+    return [column(row) for column in COLUMNS.values()]
+
+
+def place_columns(rows: Sequence[Row]) -> list[str]:
+    """``model`` and ``task``, where rows differ in them."""
+    return [name for name in ("model", "task") if len({getattr(row, name) for row in rows}) > 1]
+
+
+def _accuracy(row: Row) -> str:
+    if row.accuracy is None:
+        return ""
+    return f"{100 * row.accuracy.value:5.1f} [{100 * row.accuracy.low:.1f}, {100 * row.accuracy.high:.1f}]"
+
+
+def _p_value(row: Row) -> str:
+    if row.versus_unpruned is None:
+        return ""
+    p = row.versus_unpruned.p_value
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _tokens(row: Row) -> str:
+    if row.visual_kept is None:
+        return ""
+    inside = row.visual_per_layer
+    less = inside is not None and abs(inside - row.visual_kept) >= 0.05
+    return f"{row.visual_kept:.1f}" + (f" ({inside:.1f})" if less else "")
+
+
+def bytes_text(number: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if number >= 100 or unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.2f} GiB"

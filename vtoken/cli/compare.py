@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vtoken compare``: reducers x keep ratios on a model and tasks, one table and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from vtoken.cli.console import FAILED, INTERRUPTED, err, out, sentences
+
+if TYPE_CHECKING:
+    from vtoken.eval.cells import Cell
+    from vtoken.eval.store import Store
+    from vtoken.eval.summary import Row
+    from vtoken.eval.sweep import Sweep
+
+
+def compare_command(
+    model: Annotated[str | None, typer.Option("-m", "--model", help="Embedded model, folder or hub id.")] = None,
+    tasks: Annotated[str | None, typer.Option("-t", "--tasks", help="Tasks, with commas; see vtoken tasks.")] = None,
+    reducers: Annotated[
+        str | None, typer.Option("-r", "--reducers", help="Names, presets or YAML files, with commas; see vtoken list.")
+    ] = None,
+    keep: Annotated[str | None, typer.Option("-k", "--keep", help="Ratios or token counts, with commas.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per task.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts per forward pass.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few questions, one keep ratio: seconds.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="Results folder.")] = Path("vtoken-results"),
+) -> None:
+    """Compare reducers; without arguments, on the embedded model and its tasks."""
+    overrides = {
+        "models": _items(model),
+        "tasks": _items(tasks),
+        "reducers": _items(reducers),
+        "keep": _items(keep),
+        "limit": limit,
+        "batch_size": batch_size,
+    }
+    with sentences():
+        sweep, cells, store = _prepare(overrides, quick, folder)
+    if fresh:
+        for cell in cells:
+            store.discard(cell.id)
+    try:
+        failed = _run(cells, store)
+    except KeyboardInterrupt:
+        done = sum(store.result(cell.id) is not None for cell in cells)
+        err().print(f"Stopped: {done} of {len(cells)} cells are finished. The same command goes on from here.")
+        raise typer.Exit(INTERRUPTED) from None
+    with sentences():
+        _show(sweep, cells, store)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _items(text: str | None) -> list[Any] | None:
+    """A list with commas, as YAML reads it: numbers are numbers, and mappings in braces are possible."""
+    if text is None:
+        return None
+    try:
+        found = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        found = [part.strip() for part in text.split(",")]
+    return [item for item in found if item is not None]
+
+
+def _prepare(overrides: dict[str, Any], quick: bool, folder: Path) -> tuple[Sweep, list[Cell], Store]:
+    from vtoken.eval.harness import require
+    from vtoken.eval.store import Store
+    from vtoken.eval.sweep import load_sweep, shipped_sweep
+
+    require()
+    sweep = load_sweep(shipped_sweep("quick" if quick else "compare"), overrides)
+    cells = sweep.cells()
+    return sweep, cells, Store(folder)
+
+
+def _run(cells: Sequence[Cell], store: Store) -> list[Cell]:
+    """Run and measure what is missing; returns the cells that failed."""
+    from vtoken.cli.progress import CellProgress
+    from vtoken.eval.cost import measure_cells
+    from vtoken.eval.runner import Runner
+
+    todo = [cell for cell in cells if store.result(cell.id) is None]
+    if len(todo) < len(cells):
+        err().print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already; --fresh starts over.")
+    with CellProgress(err(), len(todo)) as progress:
+        runner = Runner(store, progress)
+        with sentences():
+            if todo:
+                runner.model(todo[0])  # a model that cannot be loaded is wrong input
+        outcome = runner.run(cells)
+        measure_cells(cells, runner, before=progress.measured)
+    return outcome.failed
+
+
+def _show(sweep: Sweep, cells: Sequence[Cell], store: Store) -> None:
+    from vtoken.eval.render import LEGEND
+    from vtoken.eval.report import CAVEAT, write_reports
+    from vtoken.eval.summary import summarize
+
+    rows = summarize(cells, store)
+    files = write_reports(rows, store.root, sweep.model_dump(mode="json"))
+    console = out()
+    console.print(_table(rows))
+    console.print(LEGEND.format(batch=sweep.batch_size), style="dim", highlight=False)
+    if any(cell.model.kind == "embedded" for cell in cells):
+        console.print(CAVEAT, style="dim", highlight=False)
+    console.print("Written: " + ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    from vtoken.eval.render import COLUMNS, cells_of, place_columns
+
+    places = place_columns(rows)
+    questions = max((row.documents for row in rows), default=0)
+    title = ", ".join(dict.fromkeys(f"{row.model} on {row.task}" for row in rows)) + f", {questions} questions"
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for name in (*places, *COLUMNS):
+        left = name in (*places, "reducer", "accuracy % [95 % CI]")
+        table.add_column(name.replace("[", r"\["), justify="left" if left else "right", no_wrap=True)
+    for before, row in zip((None, *rows), rows, strict=False):
+        if before is not None and before.reducer != row.reducer:
+            table.add_section()
+        table.add_row(*(escape(str(value)) for value in (*(getattr(row, p) for p in places), *cells_of(row))))
+    return table

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DyVTE: leave all visual tokens behind at the layer where this sample no longer needs them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vtoken.context import Cut, VisualContext
+from vtoken.reducers.base import Reducer, check_place, layer_at
+from vtoken.reducers.rows import leave, rows_at, text_to_visual
+from vtoken.registry import register
+
+EXITS = ("attention", "gate")
+
+
+@register("dyvte")
+@dataclass(frozen=True)
+class DyVTE(Reducer):
+    """Dynamic visual-token exit (arXiv 2411.19628), with the published gate or a training-free criterion.
+
+    The gate is trained, one per layer, and its authors publish no weights: ``exit="gate"`` needs a checkpoint of
+    yours. ``exit="attention"`` is this library's own stand-in and none of DyVTE's numbers apply to it: leave once the
+    share of the question's attention that goes to visual tokens is below ``threshold``. Each row of a batch leaves on
+    its own, at most once, and never before ``min_layer``. The fixed exit is `VTW`.
+
+    Parameters
+    ----------
+    exit : str
+        ``"attention"`` or ``"gate"``.
+    threshold : float
+        Of the attention share.
+    min_layer : int or float
+        No exit before it: a layer number or a share of the depth.
+    checks : tuple
+        Layers after which the attention is looked at, as numbers or shares of the depth. The gate is asked after
+        every layer.
+    patience : int
+        Checks in a row that must agree.
+    gate : str or None
+        Checkpoint (``.safetensors``, or a PyTorch file of tensors) with ``{layer}.0.weight`` (hidden, 2 D) and
+        ``{layer}.2.weight`` (2, hidden) for every layer that has a gate.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range, or the gate's file is missing or does not fit the model.
+    """
+
+    summary = "Exit of all visual tokens at a depth that depends on the sample."
+    paper = "2411.19628"
+
+    exit: str = "attention"
+    threshold: float = 0.10
+    min_layer: int | float = 0.5
+    checks: tuple[int | float, ...] = (0.625, 0.75, 0.875)
+    patience: int = 1
+    gate: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "checks", tuple(self.checks))
+        if self.exit not in EXITS:
+            raise ValueError(f"exit={self.exit!r}: choose one of {list(EXITS)}.")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold} is outside of [0, 1].")
+        if self.patience < 1:
+            raise ValueError(f"patience={self.patience}: give at least 1 check.")
+        for name, place in [("min_layer", self.min_layer), *(("checks", place) for place in self.checks)]:
+            check_place(name, place)
+        if (self.exit == "gate") != (self.gate is not None):
+            raise ValueError(f"exit={self.exit!r} with gate={self.gate!r}: exit='gate' needs a checkpoint, and only it.")
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        first = max(1, layer_at(self.min_layer, depth))
+        if self.exit == "gate":
+            return tuple(range(first, depth))
+        after = {min(layer_at(place, depth), depth - 2) + 1 for place in self.checks}
+        return tuple(sorted(layer for layer in after if layer >= first and layer > 0))
+
+    def taps(self, depth: int) -> dict[int, str]:
+        return {layer - 1: "question" for layer in self.layers(depth)} if self.exit == "attention" else {}
+
+    def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
+        """Drop every visual token of the rows that have been quiet for ``patience`` checks."""
+        if self.exit == "gate":
+            quiet = gate_says_exit(question_summary(ctx), load_gate(str(self.gate)), layer - 1)
+        else:
+            quiet = text_to_visual(rows_at(ctx, layer - 1), ctx.visual) < self.threshold
+        streak = torch.where(quiet, ctx.scratch.get("dyvte", torch.zeros_like(quiet).long()).to(quiet.device) + 1, 0)
+        ctx.scratch["dyvte"] = streak
+        return leave(ctx, streak >= self.patience)
+
+
+def question_summary(ctx: VisualContext) -> Tensor:
+    """(B, 2 D): mean of the text states behind the image without the last one, and the last one."""
+    seen = ctx.visual.flip(1).cumsum(1).flip(1) > 0
+    question = ctx.text & ~(seen & seen.any(1, keepdim=True))
+    hidden = ctx.hidden.float()
+    last = hidden.shape[1] - 1 - question.flip(1).to(torch.uint8).argmax(1)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    rest = question.clone()
+    rest[rows, last] = False
+    mean = (hidden * rest[..., None]).sum(1) / rest.sum(1, keepdim=True).clamp(min=1)
+    return torch.cat([mean, hidden[rows, last]], 1)
+
+
+def gate_says_exit(summary: Tensor, gates: dict[str, Tensor], layer: int) -> Tensor:
+    """(B,) bool: ``Linear -> GELU -> Linear`` on the summary (B, 2 D); exit if the second logit is larger.
+
+    Raises
+    ------
+    ValueError
+        If the gate was trained for another width.
+    """
+    if f"{layer}.0.weight" not in gates:
+        return torch.zeros(len(summary), dtype=torch.bool, device=summary.device)
+    down, out = (gates[f"{layer}.{part}.weight"].to(summary) for part in (0, 2))
+    if down.shape[1] != summary.shape[1]:
+        raise ValueError(
+            f"The gate of layer {layer} takes {down.shape[1]} numbers, but this model gives {summary.shape[1]}: it was "
+            "trained for another model."
+        )
+    logits = functional.linear(functional.gelu(functional.linear(summary, down)), out)
+    return logits[:, 0] < logits[:, 1]
+
+
+@functools.lru_cache(maxsize=4)
+def load_gate(path: str) -> dict[str, Tensor]:
+    """Read a gate checkpoint.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file or it holds no gate.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"There is no gate checkpoint {path!r}: train one, or use exit='attention'.")
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        found = load_file(path)
+    else:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    if not any(str(name).endswith(".0.weight") for name in found):
+        raise ValueError(f"{path!r} holds no gate: it needs tensors named '<layer>.0.weight' and '<layer>.2.weight'.")
+    return found
