@@ -6,12 +6,29 @@ from __future__ import annotations
 from torch import nn
 
 from vtoken.adapters.base import Adapter
+from vtoken.adapters.internvl import InternVLAdapter
 from vtoken.adapters.llava import LlavaAdapter
 from vtoken.adapters.llava_next import LlavaNextAdapter
+from vtoken.adapters.llava_next_video import LlavaNextVideoAdapter
+from vtoken.adapters.llava_onevision import LlavaOnevisionAdapter
+from vtoken.adapters.mistral3 import Mistral3Adapter
+from vtoken.adapters.qwen3_vl import Qwen3VLAdapter
+from vtoken.adapters.qwen_vl import QwenVLAdapter
+from vtoken.adapters.tiles import TilesAdapter
 
-ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter, LlavaNextAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    LlavaAdapter,
+    LlavaNextAdapter,
+    LlavaNextVideoAdapter,
+    LlavaOnevisionAdapter,
+    QwenVLAdapter,
+    Qwen3VLAdapter,
+    InternVLAdapter,
+    TilesAdapter,
+    Mistral3Adapter,
+)
 
-__all__ = ["ADAPTERS", "Adapter", "LlavaAdapter", "LlavaNextAdapter", "adapter_for", "families"]
+__all__ = ["ADAPTERS", "Adapter", "adapter_for", "families", *(adapter.__name__ for adapter in ADAPTERS)]
 
 
 def families() -> dict[str, type[Adapter]]:
@@ -20,13 +37,15 @@ def families() -> dict[str, type[Adapter]]:
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a model.
+    """The adapter of a model, also inside a PEFT wrapper.
 
     Raises
     ------
     TypeError
         If no adapter knows it.
     """
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     known = families()
     if model_type not in known:

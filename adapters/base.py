@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vtoken.context import ItemLayout
+from vtoken.context import NEWLINE, ItemLayout
 
 if TYPE_CHECKING:
     from vtoken.session import Session
+    from vtoken.tower import VisionRecord
 
 IMAGE, VIDEO = 1, 2
 MODALITIES = {"image": IMAGE, "video": VIDEO}
@@ -85,6 +86,11 @@ class Adapter:
         places = (self.outer, self.tower)
         return next(getattr(place, name) for place in places for name in names if hasattr(place, name))
 
+    @property
+    def token_projector(self) -> nn.Module:
+        """The projector on one row per token, as `pack_projector_input` makes them: (T, C) to (T, D)."""
+        return self.projector
+
     def vision_attention(self, layer: int) -> nn.Module:
         """The attention module of a block of the tower."""
         blocks = max((m for m in self.tower.modules() if isinstance(m, nn.ModuleList)), key=len)
@@ -115,6 +121,21 @@ class Adapter:
             "use a reducer that needs no encoder attention."
         )
 
+    def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        """Bring the rows that the projector was given, one tensor per call of it, to one row (T, C) per token."""
+        raise ValueError(
+            f"The projector of {type(self.model).__name__} merges patches, so that a token has no input of its own: "
+            "use a reducer that does not look at the projector's input."
+        )
+
+    def item_lengths(self, features: list[Tensor]) -> list[int]:
+        """Tokens of each item, given the entries (N, D) of ``get_*_features``."""
+        return [len(entry) for entry in features]
+
+    def regroup(self, record: VisionRecord, here: Tensor) -> VisionRecord:
+        """Join items that belong to one picture, where only the prompt tells; ``here`` (B, S) marks placeholders."""
+        return record
+
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
         """The layout of each item; by default one view whose grid is the most square one that fits."""
         return [single_view(*squarest_grid(length)) for length in lengths]
@@ -128,5 +149,30 @@ def squarest_grid(length: int) -> tuple[int, int]:
 
 def single_view(rows: int, columns: int) -> ItemLayout:
     """One full grid in raster order."""
-    index = torch.arange(rows * columns)
-    return ItemLayout(torch.zeros_like(index), index // columns, index % columns, ((rows, columns),))
+    return equal_views(1, rows, columns)
+
+
+def equal_views(views: int, rows: int, columns: int, newlines: int = 0) -> ItemLayout:
+    """Several full grids of one shape, one after the other (frames, tiles), then ``newlines`` separators."""
+    index = torch.arange(views * rows * columns)
+    end = torch.zeros(newlines, dtype=torch.long)
+    return ItemLayout(
+        view=torch.cat([index // (rows * columns), end + NEWLINE]),
+        row=torch.cat([index // columns % rows, end]),
+        column=torch.cat([index % columns, end]),
+        grids=((rows, columns),) * views,
+    )
+
+
+def square_side(length: int) -> int:
+    """Side of a square grid with ``length`` cells.
+
+    Raises
+    ------
+    ValueError
+        If there is no such grid.
+    """
+    side = round(length**0.5)
+    if side * side != length:
+        raise ValueError(f"{length} tokens do not form the square grid that this family is known to use.")
+    return side

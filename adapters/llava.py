@@ -26,5 +26,8 @@ class LlavaAdapter(Adapter):
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         return torch.cat(parts).flatten(0, 1)
 
+    def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        return self.pack(parts, modality, call)
+
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
         return [single_view(self.side, length // self.side) for length in lengths]

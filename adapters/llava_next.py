@@ -25,7 +25,15 @@ class LlavaNextAdapter(LlavaAdapter):
         config = self.model.config
         return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
-    def _pack_views(self, views: list[Tensor], sizes: Tensor) -> list[Tensor]:
+    def _crops(self, size: Tensor) -> tuple[int, int]:
+        config = self.model.config
+        grid = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        return int(grid[0]), int(grid[1])
+
+    def _view_counts(self, call: dict[str, Any]) -> list[int]:
+        return [self._views(size) for size in call["image_sizes"]]
+
+    def _pack_views(self, views: list[Tensor], sizes: Tensor, call: dict[str, Any]) -> list[Tensor]:
         """Per image (views, patches, C) -> (N, C) with NaN newlines, by the model's own function."""
         newline = torch.full((views[0].shape[-1],), float("nan"), device=views[0].device)
         packed, _ = self.outer.pack_image_features(
@@ -34,31 +42,36 @@ class LlavaNextAdapter(LlavaAdapter):
         return list(packed)
 
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
-        sizes = call["image_sizes"]
-        views = torch.cat(parts).float().split([self._views(size) for size in sizes])
-        return torch.cat(self._pack_views(list(views), sizes))
+        views = torch.cat(parts).float().split(self._view_counts(call))
+        return torch.cat(self._pack_views(list(views), call["image_sizes"], call))
 
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
-        sizes = call["image_sizes"]
-        return [self._layout(size, sizes[i : i + 1]) for i, size in enumerate(sizes)]
+        counts = self._view_counts(call)
+        return [self._layout(views, call["image_sizes"][i : i + 1], call) for i, views in enumerate(counts)]
 
-    def _layout(self, size: Tensor, sizes: Tensor) -> ItemLayout:
-        views = self._views(size)
-        index = torch.arange(self.side**2)
-        place = torch.stack([index // self.side, index % self.side], 1).float().expand(views, -1, -1)
-        view = torch.arange(views).float()[:, None, None].expand(-1, self.side**2, 1)
-        packed = self._pack_views([torch.cat([view, place], 2)], sizes)[0]
-        packed = torch.nan_to_num(packed, nan=NEWLINE).long()
-        config = self.model.config
-        crops = (0, 0)
-        if views > 1:
-            crops = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    def _layout(self, views: int, sizes: Tensor, call: dict[str, Any]) -> ItemLayout:
+        size, side = sizes[0], self.side
+        crops = self._crops(size) if views > 1 else (0, 0)
+        packed = self._pack_views([self._places(views, crops[1])], sizes, call)[0]
+        newline = packed[:, 0].isnan()
+        base = torch.arange(len(packed)) < side**2
+        y, x = (packed + 0.5).nan_to_num(0.0).long().unbind(1)  # interpolated places: the nearest patch
+        view = torch.where(base, 0, 1 + y // side * crops[1] + x // side)
         return ItemLayout(
-            view=packed[:, 0],
-            row=packed[:, 1].clamp(min=0),
-            column=packed[:, 2].clamp(min=0),
-            grids=((self.side, self.side),) * views,
+            view=torch.where(newline, NEWLINE, view),
+            row=torch.where(newline, 0, y % side),
+            column=torch.where(newline, 0, x % side),
+            grids=((side, side),) * views,
             thumbnail=0,
-            crops=(int(crops[0]), int(crops[1])),
+            crops=crops,
             size=(int(size[0]), int(size[1])),
         )
+
+    def _places(self, views: int, columns: int) -> Tensor:
+        """(views, patches, 2) row and column of each patch: in the thumbnail, or in the mosaic of all crops."""
+        index = torch.arange(self.side**2)
+        place = torch.stack([index // self.side, index % self.side], 1).expand(views, -1, -1).clone()
+        if views > 1:
+            crop = torch.arange(views - 1)
+            place[1:] += self.side * torch.stack([crop // columns, crop % columns], 1)[:, None]
+        return place.float()

@@ -11,26 +11,26 @@ from vtoken.eval.runner import Runner
 from vtoken.eval.tasksource import load_task
 from vtoken.profile import measure_prefill
 
-PAIRS = 7
+BATCH = 4  # prompts at once: enough that the arithmetic outweighs the overhead, few enough to be quick
 
 
 def measure_cells(
-    cells: Sequence[Cell], runner: Runner, *, pairs: int = PAIRS, before: Callable[[Cell], None] = lambda cell: None
+    cells: Sequence[Cell], runner: Runner, *, batch: int = BATCH, before: Callable[[Cell], None] = lambda cell: None
 ) -> None:
     """Profile the finished cells that have no profile yet."""
     for cell in cells:
         if runner.store.result(cell.id) is not None and runner.store.profile(cell.id) is None:
             before(cell)
             model = runner.model(cell)
-            cost = measure_prefill(model.model, cell.reducer, first_inputs(cell, model), pairs=pairs)
+            cost = measure_prefill(model.model, cell.reducer, first_inputs(cell, model, batch))
             runner.store.save_profile(cell.id, cost.as_dict())
 
 
-def first_inputs(cell: Cell, model: Any) -> Any:
-    """Encoded prompts of the first batch of a cell's task."""
+def first_inputs(cell: Cell, model: Any, batch: int) -> Any:
+    """Encoded prompts of the first documents of a cell's task."""
     from lmms_eval.protocol import ChatMessages
 
     task = load_task(cell.task.name, cell.model_type)
-    docs = [task.eval_docs[i] for i in range(min(cell.batch_size, len(task.eval_docs)))]
+    docs = [task.eval_docs[i] for i in range(min(batch, len(task.eval_docs)))]
     talks = [ChatMessages(messages=task.doc_to_messages(doc)).to_hf_messages() for doc in docs]
     return model.encode(talks)

@@ -48,28 +48,31 @@ def load_harness() -> Any:
     from loguru import logger
 
     quiet = lambda *args, **kwargs: 0  # noqa: E731
-    with warnings.catch_warnings(), mock.patch.object(logger, "remove", quiet), mock.patch.object(logger, "add", quiet):
-        logger.disable("lmms_eval")
-        try:
-            return importlib.import_module("lmms_eval.evaluator")
-        finally:
-            logger.enable("lmms_eval")
+    sinks = mock.patch.object(logger, "remove", quiet), mock.patch.object(logger, "add", quiet)
+    with warnings.catch_warnings(), sinks[0], sinks[1], _no_log():
+        return importlib.import_module("lmms_eval.evaluator")
 
 
 @contextlib.contextmanager
-def _quiet(evaluator: Any) -> Iterator[None]:
-    """No progress bars and no log lines while lmms-eval works: both would tear our own display."""
+def _no_log() -> Iterator[None]:
     from loguru import logger
+
+    logger.disable("lmms_eval")
+    try:
+        yield
+    finally:
+        logger.enable("lmms_eval")
+
+
+@contextlib.contextmanager
+def _no_bars(evaluator: Any) -> Iterator[None]:
+    """lmms-eval forces its progress bars on; they would tear our own display."""
     from tqdm import tqdm
 
     task_module = importlib.import_module("lmms_eval.api.task")
     silent = lambda *args, **kwargs: tqdm(*args, **{**kwargs, "disable": True})  # noqa: E731
-    logger.disable("lmms_eval")
-    try:
-        with mock.patch.object(evaluator, "tqdm", silent), mock.patch.object(task_module, "tqdm", silent):
-            yield
-    finally:
-        logger.enable("lmms_eval")
+    with mock.patch.object(evaluator, "tqdm", silent), mock.patch.object(task_module, "tqdm", silent):
+        yield
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,13 @@ def evaluate(model: Any, task: Any, *, limit: int | None, seed: int, output: Pat
     arguments = argparse.Namespace(
         output_path=str(output), process_with_media=False, reasoning_tags=REASONING_TAGS, log_samples=True
     )
-    with _quiet(evaluator):
+    manager = _empty_manager()
+    with _no_log(), _no_bars(evaluator):
         results = evaluator.simple_evaluate(
             model=model,
             model_args=str(model),
             tasks=[task],
-            task_manager=empty_manager(),
+            task_manager=manager,
             limit=limit,
             bootstrap_iters=0,
             cli_args=arguments,
@@ -125,9 +129,23 @@ def evaluate(model: Any, task: Any, *, limit: int | None, seed: int, output: Pat
 
 
 @functools.cache
-def empty_manager() -> Any:
-    """A task manager without tasks: lmms-eval would index its 1,900 YAML files at every call."""
+def _empty_manager() -> Any:
+    """Knows no task: without one lmms-eval would index its 1,900 YAML files at every call."""
+    return task_manager(include_defaults=False)
+
+
+def task_manager(**options: Any) -> Any:
+    """An index of lmms-eval tasks."""
     load_harness()
     from lmms_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=False)
+    with _no_log():
+        return TaskManager(**options)
+
+
+def task_object(name: str, manager: Any) -> Any:
+    """The task of that name, for chat models; loads its data."""
+    from lmms_eval.tasks import get_task_dict
+
+    with _no_log():
+        return get_task_dict([name], manager, "chat")[name]

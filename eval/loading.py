@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vtoken import mini
 from vtoken.adapters import families
 from vtoken.eval.errors import EvalError, unknown
 
@@ -51,8 +52,6 @@ class ModelSpec:
     @property
     def kind(self) -> str:
         """``"embedded"``, ``"folder"`` or ``"hub"``."""
-        from vtoken import mini
-
         if self.pretrained in mini.names():
             return "embedded"
         if Path(self.pretrained).is_dir():
@@ -72,8 +71,6 @@ class ModelSpec:
 
 
 def _kinds() -> str:
-    from vtoken import mini
-
     return f"give an embedded model ({', '.join(mini.names())}), a folder, or a hub id such as llava-hf/llava-1.5-7b-hf"
 
 
@@ -88,14 +85,7 @@ def weights_id(spec: ModelSpec) -> str:
     kind = spec.kind
     if kind == "hub":
         return str(getattr(_config(spec), "_commit_hash", None))
-    return folder_digest(embedded_folder(spec.pretrained) if kind == "embedded" else Path(spec.pretrained))
-
-
-def embedded_folder(name: str) -> Path:
-    """The checkpoint folder of an embedded model."""
-    from vtoken import mini
-
-    return Path(mini.__path__[0]) / "weights" / name
+    return folder_digest(mini.folder(spec.pretrained) if kind == "embedded" else Path(spec.pretrained))
 
 
 def folder_digest(folder: Path) -> str:
@@ -128,7 +118,7 @@ def model_type(spec: ModelSpec) -> str:
 def _config(spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
-    where: str | Path = embedded_folder(spec.pretrained) if spec.kind == "embedded" else spec.pretrained
+    where: str | Path = mini.folder(spec.pretrained) if spec.kind == "embedded" else spec.pretrained
     try:
         return AutoConfig.from_pretrained(where, revision=spec.revision)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
@@ -156,8 +146,6 @@ def load_model(spec: ModelSpec) -> tuple[Any, Any]:
 
 
 def _embedded(spec: ModelSpec) -> tuple[Any, Any]:
-    from vtoken import mini
-
     model, processor = mini.load(spec.pretrained)
     if spec.attn_implementation:
         model.set_attn_implementation(spec.attn_implementation)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vtoken.eval.cost import BATCH
 from vtoken.eval.errors import EvalError, MissingExtra
 from vtoken.eval.plot import pareto_html
 from vtoken.eval.provenance import surroundings
@@ -77,7 +78,7 @@ def render_html(rows: Sequence[Row], settings: dict[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(
         sections=sections,
         columns=list(COLUMNS),
-        legend=LEGEND.format(batch=settings.get("batch_size", "?")),
+        legend=LEGEND.format(batch=BATCH),
         caveat=CAVEAT,
         settings=settings,
         made_with=surroundings(),

@@ -36,7 +36,7 @@ class SampleLog:
                 try:
                     record = json.loads(line)
                     key = record.pop("key")
-                except (ValueError, KeyError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError):
                     break
                 if not line.endswith(b"\n"):
                     break

@@ -135,18 +135,20 @@ def load_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
     try:
         return Sweep(**given)
     except ValidationError as error:
-        raise _sentence(path, error) from None
+        first = error.errors()[0]
+        where = "" if (overrides or {}).get(str(first["loc"][0])) is not None else f"{path}: "
+        raise EvalError(where + _sentence(first)) from None
 
 
-def _sentence(path: Path, error: ValidationError) -> EvalError:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = ModelEntry.model_fields if first["loc"][0] == "models" else Sweep.model_fields
-        return EvalError(f"{path}: {unknown('key', str(first['loc'][-1]), known)}")
-    if first["type"] == "missing":
-        return EvalError(f"{path}: the key {key!r} is missing.")
-    return EvalError(f"{path}: {key}={first['input']!r} is not possible: {first['msg'].lower()}.")
+def _sentence(error: Any) -> str:
+    """One of pydantic's error records in words."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = ModelEntry.model_fields if error["loc"][0] == "models" else Sweep.model_fields
+        return str(unknown("key", str(error["loc"][-1]), known))
+    if error["type"] == "missing":
+        return f"the key {key!r} is missing."
+    return f"{key}={error['input']!r} is not possible: {error['msg'][0].lower()}{error['msg'][1:]}."
 
 
 def shipped_sweep(name: str) -> Path:

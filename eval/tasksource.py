@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from vtoken.eval.errors import unknown
-from vtoken.eval.harness import load_harness, require
+from vtoken.eval.harness import require, task_manager, task_object
 from vtoken.eval.tasks import FOLDER, bundled_tasks
 
 STOCK_PROMPTS = {
@@ -118,22 +118,14 @@ def load_task(name: str, model_type: str = "") -> Any:
     """
     prompts = STOCK_PROMPTS.get(model_type)
     manager = _bundled_manager() if name in bundled_tasks() else _manager(prompts)
-    from lmms_eval.tasks import get_task_dict
-
-    return get_task_dict([name], manager, "chat")[name]
+    return task_object(name, manager)
 
 
 @functools.cache
 def _manager(prompts: str | None) -> Any:
-    load_harness()
-    from lmms_eval.tasks import TaskManager
-
-    return TaskManager(model_name=prompts)
+    return task_manager(model_name=prompts)
 
 
 @functools.cache
 def _bundled_manager() -> Any:
-    load_harness()
-    from lmms_eval.tasks import TaskManager
-
-    return TaskManager(include_path=str(FOLDER), include_defaults=False)
+    return task_manager(include_path=str(FOLDER), include_defaults=False)

@@ -33,6 +33,17 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(valid, index, 0), valid
 
 
+def run_lengths(here: Tensor) -> list[int]:
+    """Lengths of the unbroken runs of True in the rows of ``here`` (B, S), row by row.
+
+    >>> run_lengths(torch.tensor([[True, True, False, True]]))
+    [2, 1]
+    """
+    edges = torch.nn.functional.pad(here, (1, 1)).int().diff(dim=1)
+    starts, ends = (edges == 1).nonzero()[:, 1], (edges == -1).nonzero()[:, 1]
+    return (ends - starts).tolist()
+
+
 def gather(x: Tensor, index: Tensor, dim: int = 1, batch: int = 0) -> Tensor:
     """Take ``index[b]`` along ``dim`` for each row ``b`` of the ``batch`` dimension (size 1 broadcasts)."""
     if x.shape[batch] != index.shape[0]:

@@ -26,10 +26,10 @@ from vtoken.adapters.base import MODALITIES, Adapter
 from vtoken.cache import CacheState, is_static, logical_length, state_of
 from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
-from vtoken.prefill import Prefill, build_mask, layer_type
+from vtoken.prefill import Group, Prefill, build_mask, layer_type
 from vtoken.reducers.base import Reducer
 from vtoken.stats import Stats
-from vtoken.tower import ITEM, VisionReader, VisionRecord, expand_items, feature_list
+from vtoken.tower import ITEM, VisionReader, VisionRecord, expand_items
 
 
 class _Forward:
@@ -39,7 +39,6 @@ class _Forward:
         self.cache, self.state = cache, state_of(cache)
         self.kinds, self.mask2d = kinds, mask2d
         self.records: dict[str, VisionRecord] = {}
-        self.lengths: dict[str, list[int]] = {}
         self.prefill: Prefill | None = None
         self.taps = contextlib.ExitStack()
         self.masks: dict[Any, Any] = {}
@@ -118,6 +117,12 @@ class Session:
         original, own = getattr(owner, name, default), vars(owner).get(name)
         setattr(owner, name, functools.wraps(original)(make(original)))
         self._undo.append(lambda: delattr(owner, name) if own is None else setattr(owner, name, own))
+
+    @property
+    def group(self) -> Group | None:
+        """The sequence that the decoder layers work on at the moment, if a prefill is running."""
+        prefill = None if self._forward is None else self._forward.prefill
+        return None if prefill is None else prefill.groups[-1]
 
     # ------------------------------------------------------------------ vision side
     def _reading(self, modality: str, original: Callable) -> Callable:
@@ -212,8 +217,7 @@ class Session:
         for modality, output in encoded.items():
             if output is not None and ITEM in output:
                 self._forward.records[modality] = output[ITEM]
-                self._forward.lengths[modality] = [len(x) for x in feature_list(output)]
-
+                
     # ------------------------------------------------------------------ language model
     @torch.compiler.disable
     def _language_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -262,11 +266,13 @@ class Session:
             here = kinds == code
             if (record := forward.records.get(modality)) is None or not bool(here.any()):
                 continue
-            order = expand_items(record.lengths, here.sum(1).tolist())
+            counts = here.sum(1)
+            times = int(counts.sum()) // sum(record.lengths)  # beams repeat every row in a block
+            record = self.adapter.regroup(record, here[::times])
+            order = expand_items(record.lengths, counts.tolist())
             lengths = [record.lengths[i] for i in order]
             numbers = torch.arange(len(order), device=embeds.device) + len(layouts)
-            counts = torch.tensor(lengths, device=embeds.device)
-            item[here] = numbers.repeat_interleave(counts)
+            item[here] = numbers.repeat_interleave(torch.tensor(lengths, device=embeds.device))
             slot[here] = torch.cat([torch.arange(n, device=embeds.device) for n in lengths])
             layouts += [record.layouts[i] for i in order]
             for read, values in record.maps.items():
@@ -284,7 +290,7 @@ class Session:
             encoder={read: pad_sequence(parts, True, float("nan")) for read, parts in maps.items() if parts},
             position_ids=position_ids,
             projector_input=pad_sequence(inputs, True, float("nan")) if inputs else None,
-            projector=self.adapter.projector if inputs else None,
+            projector=self.adapter.token_projector if inputs else None,
             depth=len(self.adapter.layers),
             newlines=self.reducer.newlines,
         )

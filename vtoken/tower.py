@@ -115,11 +115,11 @@ class VisionReader:
     def _record(
         self, output: Any, modality: str, call: dict, seen: dict[EncoderRead, list[Tensor]], inputs: list[Tensor]
     ) -> VisionRecord:
-        lengths = [len(features) for features in feature_list(output)]
+        lengths = self.adapter.item_lengths(feature_list(output))
         layouts = self.adapter.layouts(modality, call, lengths)
         with torch.no_grad():
             maps = {read: self._pack(found, modality, call) for read, found in seen.items()}
-            before = self._pack([x.flatten(0, -3) for x in inputs], modality, call) if inputs else None
+            before = self.adapter.pack_projector_input(inputs, modality, call) if inputs else None
         for found in (*maps.values(), *([before] if before is not None else [])):
             if len(found) != sum(lengths):
                 raise RuntimeError(

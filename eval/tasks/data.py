@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vtoken.mini.questions import KINDS
+from vtoken.mini.questions import KINDS, Question
 from vtoken.mini.world import VERSION, Split, render, sample_scene
 
 log = logging.getLogger(__name__)
@@ -56,15 +56,25 @@ def generate(per_kind: int = PER_KIND, per_scene: int = PER_SCENE) -> MiniData:
         questions = []
         for kind in sorted(asked, key=lambda k: len(asked[k])):  # the rarest kinds first
             if len(questions) < per_scene and len(asked[kind]) < per_kind and (q := KINDS[kind](scene, rng)):
-                questions.append(asdict(q))
+                questions.append(_row(q, len(pictures)))
         for question in questions:
-            question["evidence"] = [[round(x, 2) for x in box] for box in question["evidence"]]
-            asked[question["kind"]].append({**question, "scene": len(pictures)})
+            asked[question["kind"]].append(question)
         digest.update(pixels.tobytes())
         pictures.append(_png(pixels))
     interleaved = [q for turn in zip(*asked.values(), strict=True) for q in turn]
     digest.update(json.dumps(interleaved, sort_keys=True).encode())
     return MiniData(interleaved, pictures, digest.hexdigest())
+
+
+def _row(question: Question, scene: int) -> dict[str, Any]:
+    boxes = [[round(x, 2) for x in box] for box in question.evidence]
+    return {
+        "kind": question.kind,
+        "question": question.text,
+        "answer": question.answer,
+        "evidence": boxes,
+        "scene": scene,
+    }
 
 
 def _png(pixels: np.ndarray) -> bytes:

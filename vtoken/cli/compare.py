@@ -85,6 +85,8 @@ def _prepare(overrides: dict[str, Any], quick: bool, folder: Path) -> tuple[Swee
 
 def _run(cells: Sequence[Cell], store: Store) -> list[Cell]:
     """Run and measure what is missing; returns the cells that failed."""
+    from transformers.utils.logging import disable_progress_bar
+
     from vtoken.cli.progress import CellProgress
     from vtoken.eval.cost import measure_cells
     from vtoken.eval.runner import Runner
@@ -92,6 +94,7 @@ def _run(cells: Sequence[Cell], store: Store) -> list[Cell]:
     todo = [cell for cell in cells if store.result(cell.id) is None]
     if len(todo) < len(cells):
         err().print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already; --fresh starts over.")
+    disable_progress_bar()  # of transformers: it would tear ours
     with CellProgress(err(), len(todo)) as progress:
         runner = Runner(store, progress)
         with sentences():
@@ -103,6 +106,7 @@ def _run(cells: Sequence[Cell], store: Store) -> list[Cell]:
 
 
 def _show(sweep: Sweep, cells: Sequence[Cell], store: Store) -> None:
+    from vtoken.eval.cost import BATCH
     from vtoken.eval.render import LEGEND
     from vtoken.eval.report import CAVEAT, write_reports
     from vtoken.eval.summary import summarize
@@ -111,7 +115,7 @@ def _show(sweep: Sweep, cells: Sequence[Cell], store: Store) -> None:
     files = write_reports(rows, store.root, sweep.model_dump(mode="json"))
     console = out()
     console.print(_table(rows))
-    console.print(LEGEND.format(batch=sweep.batch_size), style="dim", highlight=False)
+    console.print(LEGEND.format(batch=BATCH), style="dim", highlight=False)
     if any(cell.model.kind == "embedded" for cell in cells):
         console.print(CAVEAT, style="dim", highlight=False)
     console.print("Written: " + ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +30,9 @@ class SceneBatch:
     picture: torch.Tensor
 
 
-def scene_batch(
-    size: int, rng: np.random.Generator, crowded: bool = False, pixels: bool = True, most_shapes: int = 6
-) -> SceneBatch:
-    """Draw training scenes; ``pixels=False`` skips the painting (for the decoder's symbolic phase)."""
-    scenes = [sample_scene(rng, crowded=crowded, most_shapes=most_shapes) for _ in range(size)]
+def scene_batch(size: int, rng: np.random.Generator, pixels: bool = True, **options: Any) -> SceneBatch:
+    """Draw training scenes; ``pixels=False`` skips the painting, ``options`` go to `sample_scene`."""
+    scenes = [sample_scene(rng, **options) for _ in range(size)]
     labels = [patch_labels(scene) for scene in scenes]
     painted = None
     if pixels:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the embedded LLaVA from scratch, in four phases.
+"""Train the embedded LLaVA from scratch, in five phases.
 
 1. ``decoder``: the Llama decoder learns to answer about *symbolic* pictures, whose visual tokens are sums of label
    embeddings. No pixels: it finds the hard part, binding question words to visual tokens, in minutes.
-2. ``tower``: the CLIP tower learns what lies under each patch (dense labels) and, on [CLS], what the picture shows.
-3. ``align``: the projector learns to turn the tower's features into the decoder's symbolic tokens.
-4. ``joint``: everything together on pictures and questions, next-token loss plus the dense losses.
+2. ``binding``: the same with the questions that need a colour and a shape at one place.
+3. ``tower``: the CLIP tower learns what lies under each patch (dense labels) and, on [CLS], what the picture shows.
+4. ``align``: the projector learns to turn the tower's features into the decoder's symbolic tokens.
+5. ``joint``: everything together on pictures and questions, next-token loss plus the dense losses.
 
     python -m vtoken.mini.train all --out build/mini-llava
 """
@@ -35,8 +36,10 @@ from vtoken.mini.world import COLORS, LETTERS, SHAPES
 log = logging.getLogger("vtoken.mini")
 
 WIDTH = 128
-EASY_STEPS = 600  # of the decoder's phase, with two shapes a scene: binding is found there first
+EASY_STEPS = 600  # with few shapes a scene: binding is found there first
+HORIZON = 6000  # steps of the decoder's learning-rate schedule, of which each phase takes the beginning
 HARD_KINDS = [*KINDS, "existence", "position", "relation", "count", "word"]  # asked twice as often
+BINDING_KINDS = ["position", "relation", "position", "relation", "existence", "count", "word", "shape"]
 FIELD_WEIGHTS = {"kind": 1.0, "row": 0.2, "column": 0.2}
 
 
@@ -183,31 +186,35 @@ def foreground_first(labels: dict[str, torch.Tensor], number: int) -> torch.Tens
     return order.topk(number, 1).indices.sort(1).values
 
 
-def teach_decoder(model, symbols: Symbols, limit: int, minutes: float, save, seed: int = 1, lr: float = 1.5e-3) -> None:
-    """Phase 1: answer questions about symbolic pictures."""
-    rng = batches.train_rng(seed)
+def teach_decoder(
+    model, symbols: Symbols, limit: int, minutes: float, save, kinds: list[str], binding: bool, lr: float = 1.5e-3
+) -> None:
+    """Phases 1 and 2: answer questions of some ``kinds`` about symbolic pictures, simple ones first."""
+    rng = batches.train_rng(5 if binding else 1)
     parts = [model.model.language_model, symbols]
-    symbols.start_from_words(model.get_input_embeddings().weight)
-    opt = optimizer([p for part in parts for p in part.parameters()], lr)
-    schedule, meter = Schedule(opt, lr, limit), Meter()
+    params = [p for part in parts for p in part.parameters()]
+    opt = optimizer(params, lr)
+    schedule, meter = Schedule(opt, lr, HORIZON), Meter()
     for step in steps(limit, minutes):
         schedule.set(step)
-        easy = step < EASY_STEPS
-        batch = batches.scene_batch(16, rng, pixels=False, most_shapes=2 if easy else 6)
-        pack = batches.pack(batch.scenes, 10, list(KINDS), rng)
-        where = foreground_first(batch.labels, 32 if easy else 56)
+        simple = step < EASY_STEPS
+        most = (4 if binding else 2) if simple else 6
+        confusable = binding and step % 4 != 3
+        batch = batches.scene_batch(16, rng, pixels=False, most_shapes=most, confusable=confusable)
+        pack = batches.pack(batch.scenes, 10, kinds, rng)
+        where = foreground_first(batch.labels, 32 if simple else 56)
         visual = symbols({k: v.gather(1, where) for k, v in batch.labels.items()}, dropout=0.02)
         visual = visual + 0.03 * torch.randn_like(visual)
         logits, target = answer_logits(model, visual, where, pack)
         loss = F.cross_entropy(logits, target)
         opt.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_([p for part in parts for p in part.parameters()], 1.0)
+        nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
         meter.add(loss.item(), logits.argmax(-1) == target, pack)
         if step % 50 == 49:
             log.info("decoder %d %s", step + 1, meter.report())
-        if step % 500 == 499:
+        if step % 250 == 249:
             save()
     save()
 
@@ -222,7 +229,7 @@ def field_accuracy(heads: Heads, features: torch.Tensor, labels: dict[str, torch
 
 
 def teach_tower(model, heads: Heads, limit: int, minutes: float, save, seed: int = 2, lr: float = 1.5e-3) -> None:
-    """Phase 2: dense patch labels and picture labels from pixels."""
+    """Phase 3: dense patch labels and picture labels from pixels."""
     rng = batches.train_rng(seed)
     tower = model.model.vision_tower
     params = [*tower.parameters(), *heads.parameters()]
@@ -261,7 +268,7 @@ def sincos_positions(model: LlavaForConditionalGeneration) -> None:
 
 
 def align(model, symbols: Symbols, limit: int, minutes: float, seed: int = 3, lr: float = 2e-3) -> None:
-    """Phase 3: the projector turns the tower's features into the decoder's symbolic tokens; only it is trained."""
+    """Phase 4: the projector turns the tower's features into the decoder's symbolic tokens; only it is trained."""
     rng = batches.train_rng(seed)
     projector = model.model.multi_modal_projector
     opt = optimizer(projector.parameters(), lr)
@@ -291,7 +298,7 @@ def symbol_loss(visual: torch.Tensor, wanted: torch.Tensor, labels: dict[str, to
 def teach_all(
     model, heads: Heads, limit: int, minutes: float, save, seed: int = 4, lr: float = 1e-3
 ) -> None:
-    """Phase 4: the whole model answers questions about pictures; the dense losses keep the tower honest."""
+    """Phase 5: the whole model answers questions about pictures; the dense losses keep the tower honest."""
     rng = batches.train_rng(seed)
     params = [*model.parameters(), *heads.parameters()]
     opt = optimizer(params, lr)
@@ -356,8 +363,16 @@ class Run:
         for name, state in torch.load(self.folder / f"{phase}.pt").items():
             self.parts[name].load_state_dict(state)
 
+    def _save_decoder(self) -> None:
+        self.save("decoder", ("lm", "symbols"))
+
     def decoder(self, limit: int, minutes: float) -> None:
-        teach_decoder(self.model, self.symbols, limit, minutes, lambda: self.save("decoder", ("lm", "symbols")))
+        self.symbols.start_from_words(self.model.get_input_embeddings().weight)
+        teach_decoder(self.model, self.symbols, limit, minutes, self._save_decoder, list(KINDS), binding=False)
+
+    def binding(self, limit: int, minutes: float) -> None:
+        self.load("decoder")
+        teach_decoder(self.model, self.symbols, limit, minutes, self._save_decoder, BINDING_KINDS, binding=True)
 
     def tower(self, limit: int, minutes: float) -> None:
         teach_tower(self.model, self.heads, limit, minutes, lambda: self.save("tower", ("tower", "heads")))
@@ -374,7 +389,7 @@ class Run:
         export(self.model, self.folder / "export")
 
 
-PHASES = {"decoder": 6000, "tower": 4000, "align": 400, "joint": 3000}
+PHASES = {"decoder": 2500, "binding": 3000, "tower": 4000, "align": 400, "joint": 3000}
 """Phase -> steps."""
 
 

@@ -143,14 +143,17 @@ def random_word(rng: np.random.Generator) -> str:
     return "".join(rng.choice(list(LETTERS), int(rng.integers(3, MAX_LETTERS + 1))))
 
 
-def _attributes(count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Distinct (colour, shape) pairs; half of the scenes let several items share one colour or one shape."""
+def _attributes(count: int, rng: np.random.Generator, confusable: bool) -> list[tuple[str, str]]:
+    """Distinct (colour, shape) pairs; half of the scenes let several items share one colour or one shape.
+
+    ``confusable`` ones always do, so that a colour alone or a shape alone finds the wrong item.
+    """
     pairs = [(c, s) for c in COLORS for s in SHAPES]
     chosen: list[tuple[str, str]] = []
-    if rng.random() < 0.5:
+    if confusable or rng.random() < 0.5:
         shared = pairs[int(rng.integers(len(pairs)))][axis := int(rng.integers(2))]
         alike = [p for p in pairs if p[axis] == shared]
-        take = int(rng.integers(1, min(count, 4) + 1))
+        take = int(rng.integers(2 if confusable else 1, min(count, 4) + 1))
         chosen = [alike[i] for i in rng.choice(len(alike), take, replace=False)]
         pairs = [p for p in pairs if p[axis] != shared]
     rest = rng.choice(len(pairs), count - len(chosen), replace=False)
@@ -158,12 +161,17 @@ def _attributes(count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def sample_scene(
-    rng: np.random.Generator, held_out: bool = False, crowded: bool = False, most_shapes: int = 6
+    rng: np.random.Generator,
+    held_out: bool = False,
+    crowded: bool = False,
+    most_shapes: int = 6,
+    confusable: bool = False,
 ) -> Scene:
     """Draw a scene: 2 to ``most_shapes`` shapes, and with probability 0.6 each a digit and a word.
 
     ``crowded`` fills every cell (used to train the vision tower: more labels per picture);
-    ``held_out`` takes handwritten digits that no training scene shows.
+    ``held_out`` takes handwritten digits that no training scene shows; ``most_shapes`` and ``confusable`` (several
+    items share a colour or a shape) are for the curriculum of the training.
     """
     free = {(c, r) for c in range(CELLS) for r in range(CELLS)}
     items: list[Item] = []
@@ -177,7 +185,7 @@ def sample_scene(
     rng.shuffle(cells)
     for _ in range(4 if crowded else int(rng.random() < 0.6)):
         items.append(_digit(cells.pop(), held_out, rng))
-    for color, shape in _attributes(len(cells) if crowded else int(rng.integers(2, most_shapes + 1)), rng):
+    for color, shape in _attributes(len(cells) if crowded else int(rng.integers(2, most_shapes + 1)), rng, confusable):
         items.append(_shape(cells.pop(), color, shape, rng))
     return Scene(tuple(items))
 

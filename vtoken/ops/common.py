@@ -60,6 +60,12 @@ def unit_vectors(features: Tensor, valid: Tensor, what: str = "features") -> Ten
     return functional.normalize(finite(features, valid, what), dim=-1, eps=EPS)
 
 
+def index_mask(index: Tensor, length: int) -> Tensor:
+    """(B, length) bool: the entries that ``index`` (B, K) names, -1 ignored."""
+    out = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
+    return out.scatter_(1, torch.where(index < 0, length, index), True)[:, :-1]
+
+
 def first_of(mask: Tensor) -> Tensor:
     """(B,) long: the first True of each row of ``mask`` (B, N), 0 if there is none."""
     return mask.to(torch.uint8).argmax(1)

@@ -130,10 +130,7 @@ def _places(best: Tensor, valid: Tensor, r: Tensor, in_order: bool) -> Tensor:
     """(B, E) long: output place of the even tokens that stay, -1 of those that are merged."""
     rank = best.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
     merged = rank < r[:, None]
-    if in_order:
-        place = (valid & ~merged).cumsum(1) - 1
-    else:
-        place = rank - r[:, None]
+    place = (valid & ~merged).cumsum(1) - 1 if in_order else rank - r[:, None]
     return torch.where(merged, -1, place)
 
 

@@ -1,26 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
 """Visual-token reducers, one method a file. Importing this package registers all of them."""
 
-from vtoken.reducers.base import KeepReducer, MergeReducer, Reducer, ScoreReducer, SelectReducer
+from vtoken.reducers.aim import AIM
+from vtoken.reducers.base import (
+    Assignment,
+    KeepReducer,
+    LayerReducer,
+    MergeReducer,
+    Reducer,
+    ScoreReducer,
+    SelectReducer,
+)
+from vtoken.reducers.cdpruner import CDPruner
 from vtoken.reducers.chain import Chain
+from vtoken.reducers.dart import DART
+from vtoken.reducers.divprune import DivPrune
+from vtoken.reducers.dyvte import DyVTE
+from vtoken.reducers.fastv import FastV
 from vtoken.reducers.fopru import FoPru
+from vtoken.reducers.globalcom2 import GlobalCom2
+from vtoken.reducers.hiprune import HiPrune
+from vtoken.reducers.holov import HoloV
 from vtoken.reducers.idpruner import IDPruner
 from vtoken.reducers.pooled import Pooled
+from vtoken.reducers.prumerge import PruMerge
+from vtoken.reducers.pyramiddrop import PyramidDrop
 from vtoken.reducers.random import Random
+from vtoken.reducers.scope import SCOPE
+from vtoken.reducers.sparsevlm import SparseVLM
 from vtoken.reducers.todre import ToDRE
+from vtoken.reducers.tokencorr import TokenCorr
+from vtoken.reducers.tome import ToMe
 from vtoken.reducers.uniform import Uniform
+from vtoken.reducers.visionzip import VisionZip
+from vtoken.reducers.vispruner import VisPruner
+from vtoken.reducers.vtw import VTW
+from vtoken.reducers.zooprune import ZOOPrune
 
 __all__ = [
+    "AIM",
+    "DART",
+    "SCOPE",
+    "VTW",
+    "Assignment",
+    "CDPruner",
     "Chain",
+    "DivPrune",
+    "DyVTE",
+    "FastV",
     "FoPru",
+    "GlobalCom2",
+    "HiPrune",
+    "HoloV",
     "IDPruner",
     "KeepReducer",
+    "LayerReducer",
     "MergeReducer",
     "Pooled",
+    "PruMerge",
+    "PyramidDrop",
     "Random",
     "Reducer",
     "ScoreReducer",
     "SelectReducer",
+    "SparseVLM",
     "ToDRE",
+    "ToMe",
+    "TokenCorr",
     "Uniform",
+    "VisPruner",
+    "VisionZip",
+    "ZOOPrune",
 ]

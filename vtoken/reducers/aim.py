@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtoken.context import Attention, Cut, VisualContext
 from vtoken.ops import page_rank, top_k
-from vtoken.reducers.base import MergeReducer, check_place, check_scores, layer_at
+from vtoken.reducers.base import Assignment, MergeReducer, check_place, check_scores, layer_at
 from vtoken.reducers.rounds import merge_views
 from vtoken.reducers.rows import rows_at
 from vtoken.registry import register
@@ -24,14 +24,15 @@ class AIM(MergeReducer):
 
     Before the language model, similar neighbours of a view (frame) are averaged in rounds of at most half of its
     tokens until ``keep`` of them are left. Inside it, from layer ``first`` on, the tokens with the highest PageRank
-    stay, an equal number less after each layer, none after layer ``last``. Text is never dropped. The authors hide
+    stay, an equal number less after each layer, none from layer ``last`` on. Text is never dropped. The authors hide
     pruned tokens by a mask and let them act as queries; here their rows are gone. The budget of the merge is exact,
     where theirs is a power of two.
 
     Parameters
     ----------
     first, last : int or float
-        Layers after which pruning begins and ends, as numbers or shares of the depth; the authors' 14 and 22 of 28.
+        The layer after which pruning begins and the first one without visual tokens, as numbers or shares of the
+        depth; the authors' 14 and 22 of 28.
     temperature : float
         Of the softmax that PageRank follows; it is in the authors' code, not in the paper.
     iterations : int
@@ -63,12 +64,9 @@ class AIM(MergeReducer):
                 "least 1 iteration."
             )
 
-    def assign(self, ctx: VisualContext, budget: Tensor) -> Tensor:
-        """Slot (I, N) that each token is merged into."""
+    def assign(self, ctx: VisualContext, budget: Tensor) -> Assignment:
+        """Merge by the similarity of the features."""
         return merge_views(ctx, ctx.features, budget)
-
-    def merge(self, ctx: VisualContext, source: Tensor) -> Tensor:
-        return ctx.scratch.pop("merged")
 
     def _span(self, depth: int) -> tuple[int, int]:
         last = min(layer_at(self.last, depth), depth - 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,32 +134,41 @@ class ScoreReducer(SelectReducer):
         return top_k(check_scores(self.score(ctx), ctx, self.name), budget, ctx.candidates)
 
 
+class Assignment(NamedTuple):
+    """Which slot each token is merged into.
+
+    Attributes
+    ----------
+    source : Tensor
+        (I, N) long: a slot of the same item that is its own target; -1 for a token that is dropped.
+    weights : Tensor or None
+        (I, N): weight of each token in the mean; the patches behind it if None.
+    """
+
+    source: Tensor
+    weights: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class MergeReducer(KeepReducer):
     """Averages tokens into the slots that `assign` names."""
 
     @abstractmethod
-    def assign(self, ctx: VisualContext, budget: Tensor) -> Tensor:
-        """Say into which slot each token goes.
+    def assign(self, ctx: VisualContext, budget: Tensor) -> Assignment:
+        """Say into which slot each candidate goes; ``budget`` (I,) slots of each item are their own target."""
 
-        Returns
-        -------
-        Tensor
-            (I, N) long: a slot of the same item that is its own target, -1 for a token that is dropped. ``budget``
-            (I,) slots of each item are their own target.
-        """
-
-    def merge(self, ctx: VisualContext, source: Tensor) -> Tensor:
-        """Features (I, N, D) of the merged tokens: the mean, weighted by the patches behind each token."""
-        return merge_rows(ctx.features, source, ctx.longest, ctx.sizes)
+    def merge(self, ctx: VisualContext, assignment: Assignment) -> Tensor:
+        """Features (I, N, D) of the merged tokens: a weighted mean."""
+        weights = ctx.sizes if assignment.weights is None else assignment.weights
+        return merge_rows(ctx.features, assignment.source, ctx.longest, weights)
 
     def before_llm(self, ctx: VisualContext) -> Cut | None:
         wanted = ctx.budget(self.keep)
-        source = self.assign(ctx, torch.minimum(wanted, ctx.candidates.sum(1)))
+        source, weights = self.assign(ctx, torch.minimum(wanted, ctx.candidates.sum(1)))
         slots = torch.arange(ctx.longest, device=source.device)
         keep = with_newlines(source == slots, ctx, wanted)
         source = torch.where(keep, slots, source)
-        features = check_features(self.merge(ctx, source), keep, self.name)
+        features = check_features(self.merge(ctx, Assignment(source, weights)), keep, self.name)
         sizes = row_sizes(source, ctx.longest, ctx.sizes)
         return Cut(keep, features.to(ctx.hidden.dtype), sizes, source)
 

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from vtoken.context import Cut, VisualContext
 from vtoken.reducers.base import Reducer, check_place, layer_at
-from vtoken.reducers.rows import leave, rows_at, text_to_visual
+from vtoken.reducers.rows import leave, question_rows, rows_at, text_to_visual
 from vtoken.registry import register
+from vtoken.sequence import gather
 
 EXITS = ("attention", "gate")
 
@@ -73,7 +74,9 @@ class DyVTE(Reducer):
         for name, place in [("min_layer", self.min_layer), *(("checks", place) for place in self.checks)]:
             check_place(name, place)
         if (self.exit == "gate") != (self.gate is not None):
-            raise ValueError(f"exit={self.exit!r} with gate={self.gate!r}: exit='gate' needs a checkpoint, and only it.")
+            raise ValueError(
+                f"exit={self.exit!r} and gate={self.gate!r}: a checkpoint goes with exit='gate', only there."
+            )
 
     def layers(self, depth: int) -> tuple[int, ...]:
         first = max(1, layer_at(self.min_layer, depth))
@@ -98,15 +101,11 @@ class DyVTE(Reducer):
 
 def question_summary(ctx: VisualContext) -> Tensor:
     """(B, 2 D): mean of the text states behind the image without the last one, and the last one."""
-    seen = ctx.visual.flip(1).cumsum(1).flip(1) > 0
-    question = ctx.text & ~(seen & seen.any(1, keepdim=True))
-    hidden = ctx.hidden.float()
-    last = hidden.shape[1] - 1 - question.flip(1).to(torch.uint8).argmax(1)
-    rows = torch.arange(len(hidden), device=hidden.device)
-    rest = question.clone()
-    rest[rows, last] = False
-    mean = (hidden * rest[..., None]).sum(1) / rest.sum(1, keepdim=True).clamp(min=1)
-    return torch.cat([mean, hidden[rows, last]], 1)
+    index, valid = question_rows(ctx)
+    states = gather(ctx.hidden.float(), index)  # right aligned: the last one is the last text token
+    rest = states[:, :-1] * valid[:, :-1, None]
+    mean = rest.sum(1) / valid[:, :-1].sum(1, keepdim=True).clamp(min=1)
+    return torch.cat([mean, states[:, -1]], 1)
 
 
 def gate_says_exit(summary: Tensor, gates: dict[str, Tensor], layer: int) -> Tensor:

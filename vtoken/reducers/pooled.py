@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtoken.budget import share_out
 from vtoken.context import VisualContext
-from vtoken.reducers.base import MergeReducer
+from vtoken.reducers.base import Assignment, MergeReducer
 from vtoken.reducers.views import Views, grid
 from vtoken.registry import register
 
@@ -32,12 +32,12 @@ class Pooled(MergeReducer):
 
     summary = "Average pooling on the grid of each view (control)."
 
-    def assign(self, ctx: VisualContext, budget: Tensor) -> Tensor:
-        """Slot (I, N) of the token at the centre of each token's cell."""
+    def assign(self, ctx: VisualContext, budget: Tensor) -> Assignment:
+        """Send each token to the one at the centre of its cell."""
         views = Views.of(ctx)
         row, column = (views.take(x) for x in grid(ctx))
         cell = cells(row, column, views.valid, views.share(budget))
-        return views.scatter(_centres(row, column, cell), ctx.longest)
+        return Assignment(views.scatter(_centres(row, column, cell), ctx.longest))
 
 
 def cells(row: Tensor, column: Tensor, valid: Tensor, k: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vtoken.context import Attention, Cut, VisualContext
+from vtoken.sequence import compact
 
 
 def rows_at(ctx: VisualContext, layer: int) -> Attention:
@@ -38,6 +39,13 @@ def text_to_visual(attention: Attention, visual: Tensor) -> Tensor:
     """
     share = (mean_over_rows(attention) * visual).sum(1)
     return torch.where(attention.valid.any(1), share, 1.0)
+
+
+def question_rows(ctx: VisualContext) -> tuple[Tensor, Tensor]:
+    """Positions (B, R) of the rows that a ``"question"`` tap records, right aligned, and which are real."""
+    behind = ctx.visual.flip(1).cumsum(1).flip(1) == 0
+    wanted = ctx.text & behind
+    return compact(torch.where(wanted.any(1, keepdim=True), wanted, ctx.text))
 
 
 def leave(ctx: VisualContext, rows: Tensor) -> Cut:

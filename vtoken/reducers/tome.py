@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
-from vtoken.reducers.base import MergeReducer
+from vtoken.reducers.base import Assignment, MergeReducer
 from vtoken.reducers.rounds import merge_views
 from vtoken.registry import register
 
@@ -50,6 +50,6 @@ class ToMe(MergeReducer):
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return (EncoderRead("keys", self.layer),)
 
-    def assign(self, ctx: VisualContext, budget: Tensor) -> Tensor:
-        """Slot (I, N) that each token is merged into."""
+    def assign(self, ctx: VisualContext, budget: Tensor) -> Assignment:
+        """Merge by the similarity of the keys."""
         return merge_views(ctx, ctx.encoder[self.encoder_reads()[0]], budget, self.rounds, weighted=True)

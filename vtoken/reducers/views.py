@@ -71,6 +71,13 @@ class Views:
         out = torch.full((len(slots), longest + 1), -1, device=slots.device)
         return out.scatter_(1, torch.where(slots < 0, longest, slots), target.view(len(slots), -1))[:, :-1]
 
+    def spread(self, values: Tensor, out: Tensor) -> Tensor:
+        """Values (I * V, M) per candidate, into a copy of ``out`` (I, N)."""
+        slots = self.slots.flatten(1)
+        wide = torch.cat([out, out[:, :1]], 1)
+        place = torch.where(slots < 0, out.shape[1], slots)
+        return wide.scatter(1, place, values.to(out.dtype).view(len(slots), -1))[:, :-1]
+
     def share(self, budget: Tensor, equal: bool = False) -> Tensor:
         """Split the budget (I,) over the views: in proportion to their tokens, or equally where there is room.
 

@@ -21,7 +21,7 @@ from vtoken.registry import register
 CHUNK = 2**24  # numbers a perturbed batch may hold
 
 
-@register("zoo-prune")
+@register("zooprune")
 @dataclass(frozen=True)
 class ZOOPrune(SelectReducer):
     """ZOO-Prune (arXiv 2509.24837): zeroth-order sensitivity of the projector times diversity of its output.

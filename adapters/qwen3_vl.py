@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3-VL and its mixture of experts: features of several tower layers are added in the first decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtoken.adapters.qwen_vl import QwenVLAdapter
+from vtoken.sequence import gather
+
+if TYPE_CHECKING:
+    from vtoken.session import Session
+
+
+class Qwen3VLAdapter(QwenVLAdapter):
+    """`transformers.Qwen3VLForConditionalGeneration` and `Qwen3VLMoeForConditionalGeneration`."""
+
+    model_types = ("qwen3_vl", "qwen3_vl_moe")
+
+    def cut_extras(self, kwargs: dict[str, Any], index: Tensor, valid: Tensor) -> dict[str, Any]:
+        mask, embeds = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+        if mask is None or embeds is None:
+            return kwargs
+        mask, rows = cut_rows(mask, index, valid)
+        embeds = [layer[rows.to(layer.device)] for layer in embeds]
+        return {**kwargs, "visual_pos_masks": mask, "deepstack_visual_embeds": embeds}
+
+    def install(self, session: Session) -> None:
+        """A cut between two injections: the later ones find the rows of the group at work."""
+
+        def make(original: Callable) -> Callable:
+            def process(hidden: Tensor, mask: Tensor, embeds: Tensor) -> Tensor:
+                group = session.group
+                if group is not None and group.start > 0:
+                    mask, rows = cut_rows(mask, group.relative, group.valid)
+                    embeds = embeds[rows.to(embeds.device)]
+                return original(hidden, mask, embeds)
+
+            return process
+
+        session.wrap_method(self.language_model, "_deepstack_process", make)
+
+
+def cut_rows(mask: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep the visual tokens ``index`` (B, n) of ``mask`` (B, S).
+
+    Returns
+    -------
+    mask : Tensor
+        (B, n) bool.
+    rows : Tensor
+        (V,) long: which of the visual tokens are left.
+    """
+    order = torch.full(mask.shape, -1, device=mask.device)
+    order[mask] = torch.arange(int(mask.sum()), device=mask.device)
+    order = torch.where(valid.to(mask.device), gather(order, index), -1)
+    return order >= 0, order[order >= 0]

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2-VL, Qwen2.5-VL and Qwen3.5: packed towers in which 2 x 2 patches, neighbours in the sequence, become one token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.adapters.base import Adapter, equal_views
+from vtoken.compat import vision_window_index
+from vtoken.context import ItemLayout
+
+
+class _TokenMerger(nn.Module):
+    """The merger on rows that hold the patches of one token side by side."""
+
+    def __init__(self, merger: nn.Module, width: int) -> None:
+        super().__init__()
+        self.merger, self.width = merger, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merger(x.reshape(-1, self.width))
+
+
+class QwenVLAdapter(Adapter):
+    """`transformers.Qwen2VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` and Qwen3.5."""
+
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
+
+    @property
+    def merge(self) -> int:
+        """Patches per token and axis."""
+        return self.tower.spatial_merge_size
+
+    @property
+    def token_projector(self) -> nn.Module:
+        first = next(module for module in self.projector.modules() if isinstance(module, nn.Linear))
+        return _TokenMerger(self.projector, first.in_features // self.merge**2)
+
+    def _token_order(self, rows: Tensor, modality: str, call: dict[str, Any]) -> Tensor:
+        """Rows (T, ...) in the order of the tower to the order of the features: undoes the windows of Qwen2.5-VL."""
+        if not hasattr(self.tower, "window_size"):
+            return rows
+        window = vision_window_index(self.tower, call[f"{modality}_grid_thw"])
+        return rows[torch.argsort(window).to(rows.device)]
+
+    def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        patches = torch.cat([part.flatten(0, 1) for part in parts])
+        tokens = patches.unflatten(0, (-1, self.merge**2)).mean(1)
+        return self._token_order(tokens, modality, call)
+
+    def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        tokens = torch.cat(parts).unflatten(0, (-1, self.merge**2)).flatten(1)
+        return self._token_order(tokens, modality, call)
+
+    def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
+        grids = call[f"{modality}_grid_thw"].tolist()
+        return [equal_views(t, h // self.merge, w // self.merge) for t, h, w in grids]

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DART: keep a few pivots and what is least like them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtoken.context import Cut, VisualContext
+from vtoken.ops import top_k
+from vtoken.ops.common import index_mask, unit_vectors
+from vtoken.reducers.base import KeepReducer, check_place, layer_at, with_newlines
+from vtoken.reducers.rows import question_rows
+from vtoken.registry import register
+from vtoken.sequence import gather
+
+
+@register("dart")
+@dataclass(frozen=True)
+class DART(KeepReducer):
+    """Duplication-aware reduction of tokens (arXiv 2502.11494), without any attention.
+
+    Before an early decoder layer, the visual and text tokens with the largest norm are pivots. One pivot after the
+    other keeps the tokens least similar to it, in equal numbers. Norms and similarities are those of the hidden
+    states; the authors use keys and values of the layer.
+
+    Parameters
+    ----------
+    layer : int or float
+        First decoder layer without the dropped tokens, at least 1, or a share of the depth.
+    pivots : int
+        Visual pivots, which stay.
+    text_pivots : int
+        Text tokens behind the image that serve as further pivots.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range.
+    """
+
+    summary = "Pivots, and the tokens least like them."
+    paper = "2502.11494"
+
+    layer: int | float = 2
+    pivots: int = 4
+    text_pivots: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_place("layer", self.layer, least=1)
+        if self.pivots < 1 or self.text_pivots < 0:
+            raise ValueError(
+                f"pivots={self.pivots}, text_pivots={self.text_pivots}: give at least 1 visual pivot and no negative "
+                "number of text pivots."
+            )
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (max(1, layer_at(self.layer, depth)),)
+
+    def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
+        """Keep the pivots and what is least like each of them."""
+        wanted = ctx.budget(self.keep)
+        budget = torch.minimum(wanted, ctx.candidates.sum(1))
+        states = ctx.features.float()
+        unit = unit_vectors(states, ctx.candidates)
+        visual = top_k(states.norm(dim=2), budget.clamp(max=self.pivots), ctx.candidates)
+        pivots, real = self._with_text(ctx, unit, visual)
+        keep = least_similar(unit, pivots, real, ctx.cut(visual).keep, budget, ctx.candidates)
+        return Cut(with_newlines(keep, ctx, wanted))
+
+    def _with_text(self, ctx: VisualContext, unit: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors (I, P, D) of all pivots, and which of them are real."""
+        found, real = gather(unit, visual.clamp(min=0)), visual >= 0
+        if not self.text_pivots:
+            return found, real
+        index, valid = question_rows(ctx)
+        states = gather(ctx.hidden.float(), index)
+        best = top_k(states.norm(dim=2), self.text_pivots, valid)
+        text = torch.nn.functional.normalize(gather(states, best.clamp(min=0)), dim=2)
+        owner = ctx.row.clamp(min=0)
+        return torch.cat([found, text[owner]], 1), torch.cat([real, best[owner] >= 0], 1)
+
+
+def least_similar(unit: Tensor, pivots: Tensor, real: Tensor, keep: Tensor, budget: Tensor, valid: Tensor) -> Tensor:
+    """Fill ``keep`` up to the budget, an equal part by dissimilarity to each pivot.
+
+    Parameters
+    ----------
+    unit : Tensor
+        (B, N, D) unit vectors.
+    pivots : Tensor
+        (B, P, D) unit vectors.
+    real : Tensor
+        (B, P) bool.
+    keep, valid : Tensor
+        (B, N) bool.
+    budget : Tensor
+        (B,) long.
+
+    Returns
+    -------
+    Tensor
+        (B, N) bool, ``budget`` of them True.
+    """
+    similar = unit @ pivots.mT
+    for number in range(pivots.shape[1]):
+        waiting = real[:, number:].sum(1).clamp(min=1)
+        part = torch.where(real[:, number], -(-(budget - keep.sum(1)) // waiting), 0)
+        index = top_k(-similar[..., number], part, valid & ~keep)
+        keep = keep | index_mask(index, keep.shape[1])
+    return keep

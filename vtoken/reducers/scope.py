@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SCOPE: tokens that cover the others, weighted by saliency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtoken.context import VisualContext
+from vtoken.encoder import EncoderRead
+from vtoken.ops import coverage
+from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.views import Views
+from vtoken.registry import register
+
+COMBINE = ("multiply", "add")
+
+
+@register("scope")
+@dataclass(frozen=True)
+class SCOPE(SelectReducer):
+    """SCOPE (arXiv 2510.24214): greedy coverage of all tokens, weighted by [CLS] attention.
+
+    Each view gets the same budget. Coverage is measured on the projected features (the authors take them before the
+    projector); the attention is a mean over heads, which matters for ``combine="add"`` only.
+
+    Parameters
+    ----------
+    alpha : float
+        Exponent of the attention.
+    combine : str
+        ``"multiply"``: gain * attention ** alpha; ``"add"``: their sum.
+    layer : int
+        Block of the vision tower.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range or unknown.
+    """
+
+    summary = "Greedy coverage of all tokens, weighted by attention."
+    paper = "2510.24214"
+    positions = "compact"
+
+    alpha: float = 1.0
+    combine: str = "multiply"
+    layer: int = -2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.combine not in COMBINE:
+            raise ValueError(f"combine={self.combine!r}: choose one of {list(COMBINE)}.")
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha={self.alpha}: give at least 0.")
+
+    def encoder_reads(self) -> tuple[EncoderRead, ...]:
+        return (EncoderRead("best", self.layer),)
+
+    def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
+        """Slots (I, K) in pick order, view by view."""
+        views = Views.of(ctx)
+        scores = views.take(check_scores(ctx.encoder[self.encoder_reads()[0]], ctx, self.name))
+        quota = views.share(budget, equal=True)
+        picks = coverage(views.take(ctx.features), scores, quota, self.alpha, views.valid, self.combine)
+        return views.pick(picks)
