@@ -7,11 +7,13 @@ from torch import nn
 
 from vtoken.adapters.base import Adapter
 from vtoken.adapters.internvl import InternVLAdapter
+from vtoken.adapters.internvl_chat import InternVLChatAdapter
 from vtoken.adapters.llava import LlavaAdapter
 from vtoken.adapters.llava_next import LlavaNextAdapter
 from vtoken.adapters.llava_next_video import LlavaNextVideoAdapter
 from vtoken.adapters.llava_onevision import LlavaOnevisionAdapter
 from vtoken.adapters.mistral3 import Mistral3Adapter
+from vtoken.adapters.original_llava import OriginalLlavaAdapter
 from vtoken.adapters.qwen3_vl import Qwen3VLAdapter
 from vtoken.adapters.qwen_vl import QwenVLAdapter
 from vtoken.adapters.tiles import TilesAdapter
@@ -28,7 +30,10 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Mistral3Adapter,
 )
 
-__all__ = ["ADAPTERS", "Adapter", "adapter_for", "families", *(adapter.__name__ for adapter in ADAPTERS)]
+FOREIGN = (OriginalLlavaAdapter, InternVLChatAdapter)
+"""Code outside of transformers, recognised by its methods."""
+
+__all__ = ["ADAPTERS", "FOREIGN", "Adapter", "adapter_for", "families"]
 
 
 def families() -> dict[str, type[Adapter]]:
@@ -46,6 +51,9 @@ def adapter_for(model: nn.Module) -> Adapter:
     """
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = model.get_base_model()
+    for adapter in FOREIGN:
+        if adapter.serves(model):
+            return adapter(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     known = families()
     if model_type not in known:

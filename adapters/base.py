@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from vtoken.attention import Reader, tap
 from vtoken.context import NEWLINE, ItemLayout
 
 if TYPE_CHECKING:
@@ -99,6 +101,10 @@ class Adapter:
         names = ("self_attn", "attn", "attention")
         return next(getattr(blocks[layer], name) for name in names if hasattr(blocks[layer], name))
 
+    def tap_tower(self, layer: int, reader: Reader) -> AbstractContextManager[None]:
+        """While open, ``reader`` sees the queries and keys of a block of the tower."""
+        return tap(self.vision_attention(layer), reader)
+
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         """Bring per-patch maps to token order.
 
@@ -139,6 +145,23 @@ class Adapter:
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
         """The layout of each item; by default one view whose grid is the most square one that fits."""
         return [single_view(*squarest_grid(length)) for length in lengths]
+
+
+    def shares(self, layout: ItemLayout, size: tuple[int, int] | None) -> Tensor:
+        """(N, 4) part of the picture, of (height, width) ``size`` if known, that each token shows; see `ItemLayout.box`."""
+        if layout.box is not None:
+            return layout.box
+        rows, columns = torch.tensor(layout.grids)[layout.view.clamp(min=0)].unbind(1)
+        return grid_shares(layout.row, layout.column, rows, columns)
+
+    def pixels(self, layout: ItemLayout) -> tuple[int, int] | None:
+        """(height, width) of the picture as the processor handed it over, for one whose original size is unknown."""
+        return None
+
+
+def grid_shares(row: Tensor, column: Tensor, rows: Tensor | int, columns: Tensor | int) -> Tensor:
+    """(N, 4) shares x0, y0, x1, y1 of the cells of a grid."""
+    return torch.stack([column / columns, row / rows, (column + 1) / columns, (row + 1) / rows], 1)
 
 
 def squarest_grid(length: int) -> tuple[int, int]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtoken.adapters.base import equal_views
+from vtoken.adapters.base import equal_views, grid_shares
 from vtoken.adapters.tiles import TilesAdapter
+from vtoken.context import ItemLayout
 from vtoken.sequence import run_lengths
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class InternVLAdapter(TilesAdapter):
     def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         return torch.cat(parts).flatten(0, 1)  # shuffled before the projector: one row per token already
 
+    def shares(self, layout: ItemLayout, size: tuple[int, int] | None) -> Tensor:
+        return tile_shares(layout, size)
+
     def regroup(self, record: VisionRecord, here: Tensor) -> VisionRecord:
         return join_tiles(record, here, self.token_side)
 
@@ -46,3 +50,27 @@ def join_tiles(record: VisionRecord, here: Tensor, side: int) -> VisionRecord:
         for layout, count in zip(layouts, tiles, strict=True)
     ]
     return replace(record, lengths=[count * side**2 for count in tiles], layouts=layouts)
+
+
+def tile_shares(layout: ItemLayout, size: tuple[int, int] | None) -> Tensor:
+    """Shares of the picture, of (height, width) ``size``, whose tiles are arranged as InternVL's processor does.
+
+    Raises
+    ------
+    ValueError
+        If the size is needed and unknown.
+    """
+    (rows, columns), tiles = layout.grids[0], len(layout.grids) - 1
+    whole = grid_shares(layout.row, layout.column, rows, columns)
+    if tiles < 1:
+        return whole
+    if size is None:
+        raise ValueError(
+            "How the tiles of a picture are arranged depends on its size, which this model is not told: pass "
+            "sizes=[(height, width), ...], one for each image."
+        )
+    wanted = size[1] / size[0]
+    across = min((n for n in range(1, tiles + 1) if tiles % n == 0), key=lambda n: abs(wanted - n * n / tiles))
+    row, column = layout.view // across * rows + layout.row, layout.view % across * columns + layout.column
+    inside = grid_shares(row, column, tiles // across * rows, across * columns)
+    return torch.where((layout.view == tiles)[:, None], whole, inside)

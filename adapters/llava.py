@@ -23,6 +23,9 @@ class LlavaAdapter(Adapter):
         self.side = vision.image_size // vision.patch_size
         self.leading_tokens = int("clip" in vision.model_type)
 
+    def pixels(self, layout: ItemLayout) -> tuple[int, int] | None:
+        return (self.model.config.vision_config.image_size,) * 2
+
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         return torch.cat(parts).flatten(0, 1)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
+from vtoken.adapters.base import grid_shares
 from vtoken.adapters.llava import LlavaAdapter
 from vtoken.context import NEWLINE, ItemLayout
 
@@ -65,7 +66,26 @@ class LlavaNextAdapter(LlavaAdapter):
             thumbnail=0,
             crops=crops,
             size=(int(size[0]), int(size[1])),
+            box=self._boxes(packed, base, size, crops),
         )
+
+    def _boxes(self, packed: Tensor, base: Tensor, size: Tensor, crops: tuple[int, int]) -> Tensor:
+        """(N, 4) shares of the picture; the mosaic shows it scaled to fit and centred on a canvas of all crops."""
+        whole = grid_shares(*packed.unbind(1), self.side, self.side)
+        if crops == (0, 0):
+            return whole
+        scale = min(self.side * crops[i] / float(size[i]) for i in (0, 1))  # patches per pixel
+        low, high = [], []
+        for axis in (0, 1):
+            middle = packed[:, axis] + 0.5
+            lines = middle[~base & ~middle.isnan()].unique()
+            step = float(lines.diff().mean()) if len(lines) > 1 else 1.0
+            shown = scale * float(size[axis])
+            start = (self.side * crops[axis] - shown) / 2
+            low.append(((middle - step / 2 - start) / shown).clamp(0, 1))
+            high.append(((middle + step / 2 - start) / shown).clamp(0, 1))
+        mosaic = torch.stack([low[1], low[0], high[1], high[0]], 1)
+        return torch.where(base[:, None], whole, mosaic)
 
     def _places(self, views: int, columns: int) -> Tensor:
         """(views, patches, 2) row and column of each patch: in the thumbnail, or in the mosaic of all crops."""

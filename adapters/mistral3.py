@@ -14,6 +14,15 @@ class Mistral3Adapter(Adapter):
 
     model_types = ("mistral3",)
 
+    @property
+    def cell(self) -> int:
+        """Pixels per token and axis."""
+        return self.model.config.vision_config.patch_size * self.model.config.spatial_merge_size
+
+    def pixels(self, layout: ItemLayout) -> tuple[int, int] | None:
+        rows, columns = layout.grids[0]
+        return rows * self.cell, columns * self.cell
+
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
-        cell = self.model.config.vision_config.patch_size * self.model.config.spatial_merge_size
-        return [single_view(int(height) // cell, int(width) // cell) for height, width in call["image_sizes"]]
+        sizes = call["image_sizes"]
+        return [single_view(int(height) // self.cell, int(width) // self.cell) for height, width in sizes]

@@ -39,6 +39,11 @@ class QwenVLAdapter(Adapter):
         first = next(module for module in self.projector.modules() if isinstance(module, nn.Linear))
         return _TokenMerger(self.projector, first.in_features // self.merge**2)
 
+    def pixels(self, layout: ItemLayout) -> tuple[int, int] | None:
+        cell = self.model.config.vision_config.patch_size * self.merge
+        rows, columns = layout.grids[0]
+        return rows * cell, columns * cell
+
     def _token_order(self, rows: Tensor, modality: str, call: dict[str, Any]) -> Tensor:
         """Rows (T, ...) in the order of the tower to the order of the features: undoes the windows of Qwen2.5-VL."""
         if not hasattr(self.tower, "window_size"):

@@ -26,7 +26,7 @@ class TilesAdapter(Adapter):
         super().__init__(model)
         vision = model.config.vision_config
         size, patch = (x[0] if isinstance(x, (list, tuple)) else x for x in (vision.image_size, vision.patch_size))
-        self.side: int = size // patch
+        self.size, self.side = size, size // patch
         self.token_side = square_side(self._tokens_per_tile())
 
     def _tokens_per_tile(self) -> int:
@@ -35,6 +35,9 @@ class TilesAdapter(Adapter):
             return tokens
         factor = getattr(config, "downsample_factor", None) or getattr(config, "scale_factor", None) or 1
         return (self.side // factor) ** 2
+
+    def pixels(self, layout: ItemLayout) -> tuple[int, int] | None:
+        return self.size, self.size
 
     def item_lengths(self, features: list[Tensor]) -> list[int]:
         tokens = self.token_side**2

@@ -30,7 +30,9 @@ def split_arguments(arguments: Mapping[str, Any]) -> tuple[ModelSpec, Reducer | 
     model = {name: value for name, value in arguments.items() if name in MODEL and value is not None}
     params = {name: value for name, value in arguments.items() if name not in (*MODEL, *OWN)}
     if "pretrained" not in model:
-        raise EvalError("The model is missing: pass pretrained=..., a hub id, a folder or the name of an embedded model.")
+        raise EvalError(
+            "The model is missing: pass pretrained=..., a hub id, a folder or the name of an embedded model."
+        )
     reducer = read_reducer(arguments.get("reducer"))
     fields = [f.name for f in dataclasses.fields(reducer) if f.init] if reducer else []
     for name in params:

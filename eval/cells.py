@@ -15,7 +15,7 @@ from vtoken.budget import Keep
 from vtoken.eval.loading import ModelSpec, model_type, weights_id
 from vtoken.eval.provenance import foreign_code, versions
 from vtoken.eval.tasksource import TaskRef
-from vtoken.reducers.base import Reducer
+from vtoken.reducers.base import KeepReducer, Reducer
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def label(reducer: Reducer | None) -> str:
 
 def with_keeps(reducer: Reducer, keeps: Sequence[Keep]) -> list[Reducer]:
     """The reducer at each budget; just itself if it has none."""
-    if not any(field.name == "keep" for field in dataclasses.fields(reducer)):
+    if not isinstance(reducer, KeepReducer):
         return [reducer]
     return [dataclasses.replace(reducer, keep=keep) for keep in keeps]
 

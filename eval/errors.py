@@ -11,7 +11,7 @@ class EvalError(ValueError):
     """Wrong input or surroundings of an evaluation; the message is one sentence that says what to do."""
 
 
-class MissingExtra(EvalError):
+class MissingExtraError(EvalError):
     """A package of an optional extra is not installed."""
 
     def __init__(self, what: str, package: str, extra: str = "eval") -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from vtoken.eval.errors import EvalError, MissingExtra
+from vtoken.eval.errors import EvalError, MissingExtraError
 
 REASONING_TAGS = '[["<think>","</think>"],["<analysis>","</analysis>"]]'  # the default of lmms-eval's command line
 
@@ -34,11 +34,11 @@ def require() -> None:
 
     Raises
     ------
-    MissingExtra
+    MissingExtraError
         If it is not installed.
     """
     if not is_installed():
-        raise MissingExtra("Evaluation", "lmms-eval")
+        raise MissingExtraError("Evaluation", "lmms-eval")
 
 
 @functools.cache

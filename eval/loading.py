@@ -156,18 +156,18 @@ def _checkpoint(spec: ModelSpec) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     options = {"device_map": spec.device_map, "attn_implementation": spec.attn_implementation}
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         spec.pretrained,
         revision=spec.revision,
         dtype=spec.dtype,
         output_loading_info=True,
         **{name: value for name, value in options.items() if value is not None},
     )
+    model, info = loaded
     if missing := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         # transformers fills them with random numbers and only warns
-        raise EvalError(
-            f"The weights of {spec.pretrained!r} are incomplete: {missing[0]!r} and {len(missing) - 1} more are missing."
-        )
+        what = f"{len(missing)} tensors, such as {missing[0]!r}, are missing"
+        raise EvalError(f"The weights of {spec.pretrained!r} are incomplete: {what}.")
     return model, AutoProcessor.from_pretrained(spec.pretrained, revision=spec.revision)
 
 

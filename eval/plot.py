@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from vtoken.eval.errors import MissingExtra
+from vtoken.eval.errors import MissingExtraError
 from vtoken.eval.summary import Row
 
 
@@ -24,7 +24,7 @@ def pareto_html(rows: Sequence[Row], *, script: bool = True) -> str:
     try:
         import plotly.graph_objects as go
     except ImportError:
-        raise MissingExtra("The report", "plotly") from None
+        raise MissingExtraError("The report", "plotly") from None
     good = [row for row in rows if row.accuracy is not None and row.visual_per_layer is not None]
     figure = go.Figure()
     for reducer in dict.fromkeys(row.reducer for row in good if row.versus_unpruned):

@@ -28,11 +28,18 @@ LEGEND = (
 
 
 def cells_of(row: Row) -> list[str]:
-    """The formatted columns of a row; the error in place of numbers where it failed."""
-    if row.error:
-        name = COLUMNS["reducer"](row), COLUMNS["keep"](row)
-        return [*name, "failed: " + row.error.strip().splitlines()[0], *[""] * (len(COLUMNS) - 3)]
+    """The formatted columns of a row."""
     return [column(row) for column in COLUMNS.values()]
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """One line for each row that failed."""
+    lines = []
+    for row in rows:
+        if row.error:
+            name = f"{row.reducer} {COLUMNS['keep'](row)}".strip()
+            lines.append(f"{name} on {row.task} failed: {row.error.strip().splitlines()[0]}")
+    return lines
 
 
 def place_columns(rows: Sequence[Row]) -> list[str]:
@@ -42,7 +49,7 @@ def place_columns(rows: Sequence[Row]) -> list[str]:
 
 def _accuracy(row: Row) -> str:
     if row.accuracy is None:
-        return ""
+        return "failed"
     return f"{100 * row.accuracy.value:5.1f} [{100 * row.accuracy.low:.1f}, {100 * row.accuracy.high:.1f}]"
 
 

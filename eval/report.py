@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.eval.cost import BATCH
-from vtoken.eval.errors import EvalError, MissingExtra
+from vtoken.eval.errors import EvalError, MissingExtraError
 from vtoken.eval.plot import pareto_html
 from vtoken.eval.provenance import surroundings
-from vtoken.eval.render import COLUMNS, LEGEND, cells_of
+from vtoken.eval.render import COLUMNS, LEGEND, cells_of, failures
 from vtoken.eval.store import dump, write_atomic
 from vtoken.eval.summary import Row, as_csv
 
@@ -58,10 +58,10 @@ def render_html(rows: Sequence[Row], settings: dict[str, Any]) -> str:
     try:
         import jinja2
     except ImportError:
-        raise MissingExtra("The report", "jinja2") from None
+        raise MissingExtraError("The report", "jinja2") from None
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    sections = []
+    sections: list[dict[str, Any]] = []
     for model, task in dict.fromkeys((row.model, row.task) for row in rows):
         chosen = [row for row in rows if (row.model, row.task) == (model, task)]
         sections.append(
@@ -73,6 +73,7 @@ def render_html(rows: Sequence[Row], settings: dict[str, Any]) -> str:
                 "table": [cells_of(row) for row in chosen],
                 "kinds": list(next((row.kinds for row in chosen if row.kinds), {}) or {}),
                 "rows": chosen,
+                "failures": failures(chosen),
             }
         )
     return environment.get_template("report.html.j2").render(

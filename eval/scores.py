@@ -8,9 +8,11 @@ from typing import Any
 
 from vtoken.eval.errors import EvalError
 
-_BOOKKEEPING = frozenset(
-    "doc_id doc target arguments resps filtered_resps token_counts doc_hash input_media input submission".split()
-)
+_BOOKKEEPING = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash"} | {
+    "input_media",
+    "input",
+    "submission",
+}
 _FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # what lmms-eval's API models answer when the server is down
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results on disk: one folder a cell, written so that a crash at any moment leaves old or new, never half.
 
-    OUT/cells/<id>/result.json      the cell, its metrics and provenance; its presence means that the cell is finished
-    OUT/cells/<id>/samples.jsonl    one line per document
-    OUT/cells/<id>/answers.jsonl    answers so far, while the cell runs
-    OUT/cells/<id>/failure.json     the traceback of a cell that raised; the next run tries it again
-    OUT/cells/<id>/profile.json     measured cost
+OUT/cells/<id>/result.json      the cell, its metrics and provenance; its presence means that the cell is finished
+OUT/cells/<id>/samples.jsonl    one line per document
+OUT/cells/<id>/answers.jsonl    answers so far, while the cell runs
+OUT/cells/<id>/failure.json     the traceback of a cell that raised; the next run tries it again
+OUT/cells/<id>/profile.json     measured cost
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Store:
                 pass
         except OSError as error:
             why = error.strerror or type(error).__name__
-            raise EvalError(f"The results folder {str(self.root)!r} cannot be written ({why}): choose another.") from None
+            raise EvalError(
+                f"The results folder {str(self.root)!r} cannot be written ({why}): choose another."
+            ) from None
 
     def path(self, cell: str, name: str) -> Path:
         """A file of a cell."""

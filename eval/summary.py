@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 from vtoken.eval.cells import Cell
 from vtoken.eval.statistics import Estimate, Paired, accuracy, paired
 from vtoken.eval.store import Store
+
+MEANS = ("visual_tokens", "visual_kept", "visual_per_layer")
+COSTS = ("prefill_ms", "speedup", "kv_bytes")
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,7 @@ class Row:
 def summarize(cells: Sequence[Cell], store: Store) -> list[Row]:
     """One row per cell that was finished or failed, in the order of the cells."""
     samples = {cell.id: store.samples(cell.id) for cell in cells if store.result(cell.id) is not None}
-    baselines = {
-        _group(cell): samples[cell.id] for cell in cells if cell.reducer is None and cell.id in samples
-    }
+    baselines = {_group(cell): samples[cell.id] for cell in cells if cell.reducer is None and cell.id in samples}
     rows = []
     for cell in cells:
         if cell.id in samples:
@@ -90,15 +91,17 @@ def _row(cell: Cell, samples: list[dict], baseline: list[dict] | None, profile: 
         versus = paired(scores, [s["score"] for s in baseline], clusters)
     if baseline is not None and (whole := fmean(s["score"] for s in baseline)):
         retained = fmean(scores) / whole
+    means: dict[str, Any] = {name: _mean(samples, name) for name in MEANS}
+    costs: dict[str, Any] = {name: profile.get(name) for name in COSTS}
     return Row(
         **_names(cell),
+        **means,
+        **costs,
         documents=len(samples),
         accuracy=accuracy(scores, clusters),
         versus_unpruned=versus,
         retained=retained,
-        **{name: _mean(samples, name) for name in ("visual_tokens", "visual_kept", "visual_per_layer")},
         kinds=_by_kind(samples),
-        **{name: profile.get(name) for name in ("prefill_ms", "speedup", "kv_bytes")},
     )
 
 
@@ -114,6 +117,16 @@ def _mean(samples: list[dict], name: str) -> float | None:
 def _by_kind(samples: list[dict]) -> dict[str, float] | None:
     kinds = list(dict.fromkeys(s["kind"] for s in samples if s["kind"]))
     return {kind: fmean(s["score"] for s in samples if s["kind"] == kind) for kind in kinds} or None
+
+
+def row_from(data: Mapping[str, Any]) -> Row:
+    """A row out of ``results.json``."""
+    fields = dict(data)
+    if mean := fields.get("accuracy"):
+        fields["accuracy"] = Estimate(**mean)
+    if versus := fields.get("versus_unpruned"):
+        fields["versus_unpruned"] = Paired(**{**versus, "difference": Estimate(**versus["difference"])})
+    return Row(**fields)
 
 
 def as_csv(rows: Sequence[Row]) -> str:

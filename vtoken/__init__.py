@@ -7,7 +7,9 @@ from vtoken.encoder import EncoderRead
 from vtoken.reducers import *  # noqa: F403
 from vtoken.reducers import __all__ as _reducers
 from vtoken.registry import get_reducer, list_presets, list_reducers, register
+from vtoken.shorten import shorten
 from vtoken.stats import ImageStats, Stats
+from vtoken.tokenmap import TokenMap, token_map
 from vtoken.wrapping import reduce, stats, unwrap, wrap
 
 __version__ = "0.1.0"
@@ -19,6 +21,7 @@ __all__ = [
     "ImageStats",
     "ItemLayout",
     "Stats",
+    "TokenMap",
     "VisualContext",
     "budget",
     "get_reducer",
@@ -26,7 +29,9 @@ __all__ = [
     "list_reducers",
     "reduce",
     "register",
+    "shorten",
     "stats",
+    "token_map",
     "unwrap",
     "wrap",
 ]

@@ -42,18 +42,18 @@ class _SeenEnough(Exception):
     """Raised by the reader of `peek` to skip the attention itself."""
 
 
-def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args, **kwargs):
+def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *args, **kwargs):
     proxy: Any = module.config
     real = proxy.real
     implementation = real._attn_implementation
-    module._vtoken_reader(module, query, key, mask, kwargs)  # type: ignore[operator]
+    module._vtoken_reader(module, query, key, attention_mask, kwargs)  # type: ignore[operator]
     if implementation in (None, "eager"):
         backend = sys.modules[type(module).__module__].eager_attention_forward
     else:
         backend = ALL_ATTENTION_FUNCTIONS[implementation]
     module.config = real  # flash attention reads module.config
     try:
-        return backend(module, query, key, value, mask, *args, **kwargs)
+        return backend(module, query, key, value, attention_mask, *args, **kwargs)
     finally:
         module.config = proxy
 
@@ -75,6 +75,25 @@ def tap(module: nn.Module, reader: Reader) -> Iterator[None]:
             module._vtoken_reader = outer
         else:
             del module._vtoken_reader
+
+
+@contextlib.contextmanager
+def tap_fused(module: nn.Module, reader: Reader) -> Iterator[None]:
+    """`tap` for code outside of transformers that does not dispatch: reads the output of a fused ``qkv`` projection."""
+
+    def read(_: nn.Module, __: tuple, output: Tensor) -> None:
+        heads = int(module.num_heads)  # type: ignore[arg-type]
+        query, key, _values = output.unflatten(-1, (3, -1)).unbind(-2)
+        if getattr(module, "qk_normalization", False):
+            query, key = module.q_norm(query), module.k_norm(key)  # type: ignore[operator]
+        query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+        reader(module, query, key, None, {"scaling": getattr(module, "scale", None)})
+
+    handle = module.qkv.register_forward_hook(read)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def attention_rows(

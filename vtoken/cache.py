@@ -117,11 +117,11 @@ class CacheState:
         Per layer (B, n) bool: the columns written up to the last pruned prefill that are not padding.
     places : list of Tensor
         Per layer (B, n) long: their index in the original sequence.
-    shift : Tensor
-        (B,) tokens dropped before the language model, for ``positions="compact"``.
+    shift : Tensor or None
+        (B,) how much ``positions="compact"`` has lowered the position ids; None where they are the original ones.
     """
 
-    def __init__(self, cache: Cache, stored: list[Tensor], places: list[Tensor], shift: Tensor) -> None:
+    def __init__(self, cache: Cache, stored: list[Tensor], places: list[Tensor], shift: Tensor | None) -> None:
         self.stored, self.places, self.shift = stored, places, shift
         known = {id(s): bool(s.all()) for s in stored}
         self.full = [known[id(s)] for s in stored]  # decided once: no device sync per decoding step

@@ -36,9 +36,12 @@ class ItemLayout:
     thumbnail : int or None
         The view that shows the whole image, where there is one beside its crops.
     crops : tuple of (rows, columns)
-        Arrangement of the other views, (0, 0) if there are none.
+        Arrangement of the other views, (0, 0) if there are none or the model is not told.
     size : (height, width) or None
         The original picture in pixels, where the model is told.
+    box : Tensor or None
+        (N, 4) float: x0, y0, x1, y1 of the part of the picture that a token shows, as shares of its width and height.
+        None where every view shows the whole picture.
     """
 
     view: Tensor
@@ -48,6 +51,7 @@ class ItemLayout:
     thumbnail: int | None = None
     crops: tuple[int, int] = (0, 0)
     size: tuple[int, int] | None = None
+    box: Tensor | None = None
 
     @property
     def newline(self) -> Tensor:

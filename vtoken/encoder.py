@@ -27,12 +27,13 @@ class EncoderRead:
         before the softmax; ``"received"``: attention a patch receives, mean over heads and patch queries;
         ``"given"``: mean over the patches of the attention a patch gives to them, mean over heads; ``"keys"``: keys,
         mean over heads; ``"best"``: ``"cls"`` where the tower has a [CLS] token, else ``"received"``.
-    layer : int
-        Index into the tower's blocks; -2 is the block whose output LLaVA uses.
+    layer : int or float
+        Index into the tower's blocks; -2 is the block whose output LLaVA uses. A float in (0, 1) is a share of the
+        tower's depth: block ``int(share * blocks)``.
     """
 
     what: str = "best"
-    layer: int = -2
+    layer: int | float = -2
 
     def __post_init__(self) -> None:
         if self.what != "best" and self.what not in STATISTICS:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from vtoken import attention as att
-from vtoken.cache import CacheState, make_mask, make_virtual, one_layer, stored_length
+from vtoken.cache import CacheState, is_static, make_mask, make_virtual, one_layer, stored_length
 from vtoken.context import Attention, Cut, VisualContext
 from vtoken.sequence import compact, gather, gather_mask, hidden_value, restore
 
@@ -56,8 +56,10 @@ class Group:
 
 def layer_type(adapter: Adapter, layer: int) -> str:
     """``"full_attention"``, ``"sliding_attention"``, ``"linear_attention"`` ..."""
-    types = getattr(adapter.language_model.config, "layer_types", None)
-    return types[layer] if types else "full_attention"
+    config = adapter.language_model.config
+    if types := getattr(config, "layer_types", None):
+        return types[layer]
+    return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
 
 
 def build_mask(adapter: Adapter, layer: int, hidden: Tensor, mask: Tensor | None, cache: Cache | None) -> Any:
@@ -104,13 +106,14 @@ class Prefill:
         self.mask2d, self.past, self.hide = mask2d, past, hide
         self.length = real.shape[1]
         self.moved = False  # the language model got other rows than the caller passed
+        self.renumbered = False
         everything = torch.arange(self.length, device=real.device).expand(real.shape)
         self.groups = [Group(0, everything, everything, real)]
 
     # ------------------------------------------------------------------ before the language model
     def cut_inputs(self, cut: Cut | None, kwargs: dict[str, Any], positions: str) -> dict[str, Any]:
         """Apply the cut before the language model to its keyword arguments."""
-        keep = self._apply(cut) & self.real
+        keep, given = self._apply(cut) & self.real, kwargs.get("position_ids")
         if self.ctx.hidden is not kwargs["inputs_embeds"]:
             kwargs = {**kwargs, "inputs_embeds": self.ctx.hidden}
         nothing = cut is None or bool((keep == self.real).all())
@@ -121,14 +124,32 @@ class Prefill:
                 columns = torch.cat([self.past_columns(0), keep], 1)
                 kwargs = {**kwargs, "attention_mask": self._hidden_mask(mask, columns, columns)}
             self.groups = [Group(0, self.groups[0].index, self.groups[0].relative, keep)]
-        elif nothing:
-            if self.state is not None and not isinstance(mask, dict):
-                kwargs = {**kwargs, "attention_mask": torch.cat([self.past_columns(0), self.real], 1)}
-        else:
-            kwargs = self._drop(keep, kwargs, positions)
+        elif not nothing:
+            kwargs = self._drop(keep, kwargs)
+        elif self.state is not None and not isinstance(mask, dict):
+            kwargs = {**kwargs, "attention_mask": torch.cat([self.past_columns(0), self.real], 1)}
+        shifted = self.state is not None and self.state.shift is not None
+        if positions == "compact" and not self.hide and (shifted or not nothing):
+            kwargs = {**kwargs, "position_ids": self._renumber(given)}
         return kwargs
 
-    def _drop(self, keep: Tensor, kwargs: dict[str, Any], positions: str) -> dict[str, Any]:
+    def _renumber(self, position_ids: Tensor | None) -> Tensor:
+        """(B, n) consecutive ids of the kept tokens, from the id that the first token of the call had."""
+        self.renumbered = True
+        group = self.groups[0]
+        if position_ids is None:
+            position_ids = torch.arange(self.past, self.past + self.length, device=group.index.device)[None]
+        if position_ids.dim() != 2:
+            raise NotImplementedError(
+                "positions='compact' is defined for 1-D position ids only, this model uses M-RoPE: "
+                "pass positions='keep'."
+            )
+        first = gather(position_ids, self.real.to(torch.int8).argmax(1, keepdim=True))
+        if self.state is not None and self.state.shift is not None:
+            first = first - self.state.shift[:, None].to(first.device)
+        return (group.valid.cumsum(1) - 1).clamp(min=0) + first
+
+    def _drop(self, keep: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         # A row may be cut although the tensor does not shrink (its longest row has no image): it is re-aligned too.
         index, valid = compact(keep)
         self.moved = True
@@ -136,18 +157,10 @@ class Prefill:
         self._narrow(index, valid)
         everything = torch.arange(index.shape[1], device=index.device).expand(index.shape)
         self.groups = [Group(0, index, everything, valid)]
-        if positions == "compact":
-            if kwargs["position_ids"].dim() != 2:
-                raise NotImplementedError(
-                    "positions='compact' is defined for 1-D position ids only, this model uses M-RoPE: "
-                    "pass positions='keep'."
-                )
-            seen = self.past - (0 if self.state is None else self.state.shift[:, None])
-            kwargs["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0) + seen
         return kwargs
 
     def _shorten(self, kwargs: dict[str, Any], index: Tensor, valid: Tensor) -> dict[str, Any]:
-        kwargs = dict(kwargs)
+        kwargs, full = dict(kwargs), kwargs["inputs_embeds"]
         position_ids = kwargs.get("position_ids")
         if position_ids is None:
             position_ids = torch.arange(self.past, self.past + self.length, device=index.device)[None]
@@ -158,19 +171,36 @@ class Prefill:
 
         def shorter(mask: Any, kind: str | None = None) -> Any:
             if isinstance(mask, Tensor) and mask.dim() == 4:
-                return gather_mask(mask, index, valid, self.past)
+                return gather_mask(mask, index, valid, self._prepared_past(mask))
             if mask is None and kind:  # prepared by generate() or the outer model: the language model will not look
                 layers = range(len(self.adapter.layers))
                 layer = next(i for i in layers if layer_type(self.adapter, i) == kind)
                 return None if bool(columns.all()) else build_mask(self.adapter, layer, embeds, columns, self.cache)
             return columns  # never None: gapped position ids without a mask are read as packed sequences
 
-        mask = kwargs.get("attention_mask")
+        mask = self._windowed_masks(kwargs.get("attention_mask"), full)
         if isinstance(mask, dict):
             kwargs["attention_mask"] = {kind: shorter(m, kind) for kind, m in mask.items()}
         else:
             kwargs["attention_mask"] = shorter(mask)
         return self.adapter.cut_extras(kwargs, index, valid)
+
+    def _windowed_masks(self, mask: Any, embeds: Tensor) -> Any:
+        """Sliding windows are counted in the original sequence: prepare such masks before rows are dropped."""
+        layers = {layer_type(self.adapter, i): i for i in reversed(range(len(self.adapter.layers)))}
+        window = getattr(self.adapter.language_model.config, "sliding_window", None)
+        prepared = isinstance(mask, dict) or (mask is not None and mask.dim() == 4)
+        if prepared or "sliding_attention" not in layers or self.past + self.length <= window:
+            return mask
+        if "flash" in (self.adapter.language_model.config._attn_implementation or ""):
+            raise NotImplementedError(
+                f"Under flash attention the sliding window of {window} tokens would be counted over kept tokens only: "
+                "use attn_implementation='sdpa' for prompts that are longer than the window."
+            )
+        columns = torch.cat([self.past_columns(0), self.real], 1)
+        masks = {kind: build_mask(self.adapter, i, embeds, columns, self.cache) for kind, i in layers.items()}
+        typed = getattr(self.adapter.language_model.config, "layer_types", None)
+        return masks if typed else masks["sliding_attention"]
 
     # ------------------------------------------------------------------ at a decoder layer
     def cut_layer(self, layer: int, hidden: Tensor, cut: Cut | None) -> Tensor:
@@ -224,6 +254,10 @@ class Prefill:
         return build_mask(self.adapter, layer, hidden, columns, self.cache)
 
     # ------------------------------------------------------------------ shared pieces
+    def _prepared_past(self, mask: Tensor) -> int:
+        """Columns before the new tokens in a prepared mask: what is stored, which may be fewer than the logical past."""
+        return self.past if is_static(self.cache) else mask.shape[-1] - self.length
+
     def _apply(self, cut: Cut | None) -> Tensor:
         """(B, n) bool of the tokens that stay; remembers rewritten features and sizes."""
         ctx = self.ctx
@@ -356,7 +390,9 @@ class Prefill:
             places.append(known[key][1])
             if not self.hide:
                 make_virtual(cache, layer, self.length - group.index.shape[1])
-        shift = self.real.sum(1) - self.groups[0].valid.sum(1) + (old.shift if old is not None else 0)
+        shift = self.real.sum(1) - self.groups[0].valid.sum(1) if self.renumbered else None
+        if shift is not None and old is not None and old.shift is not None:
+            shift = shift + old.shift
         CacheState(cache, stored, places, shift)
 
     def _columns(self, cache: Cache, layer: int, group: Group) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,17 @@ class _Forward:
         self.masks: dict[Any, Any] = {}
         self.thread = threading.get_ident()
 
+    def renumbered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the language model in a decode step: its position ids go on where compact ones ended."""
+        if self.state is None or self.state.shift is None:
+            return kwargs
+        position_ids, embeds = kwargs.get("position_ids"), kwargs.get("inputs_embeds")
+        given = kwargs["input_ids"] if embeds is None else embeds
+        if position_ids is None:
+            past = logical_length(self.cache)
+            position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
+        return {**kwargs, "position_ids": position_ids - self.state.shift[:, None].to(position_ids.device)}
+
 
 class Session:
     """A reducer at work on one model.
@@ -63,6 +74,11 @@ class Session:
     def __init__(self, adapter: Adapter, reducer: Reducer, positions: str, backend: str) -> None:
         self.adapter, self.reducer, self.positions, self.backend = adapter, reducer, positions, backend
         depth = len(adapter.layers)
+        if backend == "mask" and any("linear" in layer_type(adapter, layer) for layer in range(depth)):
+            raise NotImplementedError(
+                "backend='mask' is not defined for a decoder with recurrent layers, which see a hidden token all the "
+                "same: use backend='drop'."
+            )
         active = not reducer.is_identity
         self.layers = frozenset(reducer.layers(depth)) if active else frozenset()
         self.taps = reducer.taps(depth) if active else {}
@@ -74,6 +90,7 @@ class Session:
                 raise ValueError(f"Reducer {reducer.name!r} wants layer {layer}, but the decoder has {depth} layers.")
         self.stats: Stats | None = None
         self._forward: _Forward | None = None
+        self._announced: tuple[Tensor, VisionRecord] | None = None
         self._handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
 
@@ -157,7 +174,9 @@ class Session:
         if torch.compiler.is_compiling():  # a compiled decoding step on a static cache needs nothing here
             cache = kwargs.get("past_key_values")
             keys = (*self.adapter.pixel_keys, "mm_encoder_outputs")
-            if not any(kwargs.get(key) is not None for key in keys) and (cache is None or is_static(cache)):
+            compact = (state := state_of(cache)) is not None and state.shift is not None
+            nothing_new = not any(kwargs.get(key) is not None for key in keys)
+            if nothing_new and not compact and (cache is None or is_static(cache)):
                 return None
         return self._open_forward(module, args, kwargs)
 
@@ -179,6 +198,8 @@ class Session:
             raise ValueError(f"The batch is empty (input of shape {tuple(given.shape)}): pass at least one token.")
         state = state_of(cache)
         self._check_cache(cache, state, given)
+        if state is not None and given.shape[1] > 1:
+            self._check_window(cache, logical_length(cache) + given.shape[1])
         pixels = any(call.get(key) is not None for key in self.adapter.pixel_keys)
         if pixels or any(output is not None for output in encoded.values()):
             if any(getattr(output, "last_hidden_state", 0) is None for output in encoded.values() if output is not None):
@@ -187,6 +208,7 @@ class Session:
                     "remove it from the generation config."
                 )
             self._open_prefill(call, cache, encoded)
+            self._check_window(cache, 0)
         elif state is not None:
             mask = call.get("attention_mask")
             two = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -209,34 +231,81 @@ class Session:
                 "use a dynamic cache for several turns."
             )
 
+    def _check_window(self, cache: Any, length: int) -> None:
+        """Sliding windows are exact in a first prompt and in single steps, which know the original distances."""
+        kinds = {layer_type(self.adapter, layer) for layer in range(len(self.adapter.layers))}
+        if self.reducer.is_identity or "sliding_attention" not in kinds:
+            return
+        window = self.adapter.language_model.config.sliding_window
+        if is_static(cache):
+            length = max(layer.max_cache_len for layer in cache.layers)
+        if length > window:
+            raise NotImplementedError(
+                f"This model attends in a sliding window of {window} tokens. vtoken keeps its meaning in a first prompt "
+                "with a dynamic cache, not in a StaticCache or a further prompt on a pruned cache beyond the window: "
+                "use a dynamic cache, and a new one for each turn."
+            )
+
     def _open_prefill(self, call: dict[str, Any], cache: Any, encoded: dict[str, Any]) -> None:
         kinds = self.adapter.modality(call.get("input_ids"), call.get("inputs_embeds"))
         if not bool((kinds > 0).any()):
             return
         self._forward = _Forward(cache, kinds)
         for modality, output in encoded.items():
-            if output is not None and ITEM in output:
+            if output is not None and ITEM not in output:
+                raise NotImplementedError(
+                    "The visual features (mm_encoder_outputs) were computed before the model was wrapped: pass the "
+                    "pixels to forward or generate instead, or encode with the wrapped model."
+                )
+            if output is not None:
                 self._forward.records[modality] = output[ITEM]
-                
+
+    # ------------------------------------------------------------------ models without an outer module
+    def announce(self, kinds: Tensor, record: VisionRecord) -> None:
+        """The next ``inputs_embeds`` of the language model hold visual tokens at ``kinds`` (B, S) > 0."""
+        self._announced = kinds, record
+
+    def _open_bare(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        announced, self._announced = self._announced, None
+        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        given = kwargs["input_ids"] if embeds is None else embeds
+        state, self._forward = state_of(cache), None
+        self._check_cache(cache, state, given)
+        if announced is not None and embeds is not None and embeds.shape[1] == announced[0].shape[1]:
+            kinds, record = announced
+            self._forward = _Forward(cache, kinds.repeat_interleave(len(embeds) // len(kinds), 0))
+            self._forward.records["image"] = record
+        elif state is not None:
+            mask = kwargs.get("attention_mask")
+            two = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            self._forward = _Forward(cache, mask2d=two)
+            if (mask is None or two is not None) and not is_static(cache):
+                return {**kwargs, "attention_mask": state.mask2d(cache, 0, given.shape[1], mask)}
+        return kwargs
+
     # ------------------------------------------------------------------ language model
     @torch.compiler.disable
     def _language_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.adapter.outer is None:
+            kwargs = self._open_bare(kwargs)
         forward = self._forward
-        if forward is None or forward.kinds is None:
-            return None
+        if forward is None:
+            return args, kwargs
+        if forward.kinds is None:
+            return args, forward.renumbered(kwargs)
         started = time.perf_counter()
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         past = logical_length(kwargs.get("past_key_values"))
         cache = kwargs.get("past_key_values")
-        real = self._real_tokens(mask, embeds, past)
-        ctx = self._context(forward, embeds, real, kwargs.get("position_ids"))
+        real = self._real_tokens(mask, embeds, past, cache)
+        ctx = self.context(forward.kinds, forward.records, embeds, real, kwargs.get("position_ids"))
         two = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         hide = self.backend == "mask"
         forward.prefill = prefill = Prefill(self.adapter, ctx, real, cache, forward.state, two, past, hide)
         self.stats = Stats(ctx.tokens, ctx.row, len(self.adapter.layers))
         cut = None if self.reducer.is_identity else self.reducer.before_llm(ctx)
         kwargs = prefill.cut_inputs(cut, kwargs, self.positions)
-        self.stats.add_group(0, ctx)
+        self.stats.add_group(0, ctx, cut)
         for layer, rows in self.taps.items():
             block = self.adapter.attention(self.adapter.layers[layer])
             forward.taps.enter_context(att.tap(block, prefill.reader(layer, rows)))
@@ -244,7 +313,7 @@ class Session:
         return args, kwargs
 
     @staticmethod
-    def _real_tokens(mask: Any, embeds: Tensor, past: int) -> Tensor:
+    def _real_tokens(mask: Any, embeds: Tensor, past: int, cache: Any) -> Tensor:
         """(B, S) bool: new tokens that are not padding, from whatever mask the language model was given."""
         if isinstance(mask, dict):
             mask = mask.get("full_attention", next(iter(mask.values())))
@@ -253,18 +322,30 @@ class Session:
             return torch.ones(rows, length, dtype=torch.bool, device=embeds.device)
         if mask.dim() == 2:
             return mask[:, -length:].bool().expand(rows, -1).to(embeds.device)
-        last = mask[:, 0, -1, past : past + length]  # a prepared mask: what the last query sees
+        start = past if is_static(cache) else mask.shape[-1] - length
+        last = mask[:, 0, -1, start : start + length]  # a prepared mask: what the last query sees
         return (last if last.dtype == torch.bool else last == 0).expand(rows, -1).to(embeds.device)
 
-    def _context(self, forward: _Forward, embeds: Tensor, real: Tensor, position_ids: Any) -> VisualContext:
-        kinds = torch.where(real, forward.kinds.to(embeds.device), 0)  # type: ignore[union-attr]
+    def context(
+        self,
+        kinds: Tensor,
+        records: Mapping[str, VisionRecord],
+        embeds: Tensor,
+        real: Tensor,
+        position_ids: Tensor | None = None,
+    ) -> VisualContext:
+        """What a reducer sees of a prompt: its modalities (B, S), encoded items, embeddings and real tokens (B, S)."""
+        kinds = torch.where(real, kinds.to(embeds.device), 0)
+        for modality, code in MODALITIES.items():
+            if modality not in records:  # a placeholder that no picture belongs to is text
+                kinds = torch.where(kinds == code, 0, kinds)
         item, slot = (torch.full(kinds.shape, -1, device=embeds.device) for _ in range(2))
         layouts: list[Any] = []
         maps: dict[EncoderRead, list[Tensor]] = {read: [] for read in self.reader.reads}
         inputs: list[Tensor] = []
         for modality, code in MODALITIES.items():
             here = kinds == code
-            if (record := forward.records.get(modality)) is None or not bool(here.any()):
+            if (record := records.get(modality)) is None or not bool(here.any()):
                 continue
             counts = here.sum(1)
             times = int(counts.sum()) // sum(record.lengths)  # beams repeat every row in a block
@@ -343,8 +424,9 @@ class Session:
             self._check_checkpointing(module)
             started = time.perf_counter()
             ctx = prefill.prepare_context(index, hidden, module, kwargs)
-            hidden = prefill.cut_layer(index, hidden, self.reducer.at_layer(index, ctx))
-            self.stats.add_group(index, ctx)  # type: ignore[union-attr]
+            cut = self.reducer.at_layer(index, ctx)
+            hidden = prefill.cut_layer(index, hidden, cut)
+            self.stats.add_group(index, ctx, cut)  # type: ignore[union-attr]
             self.stats.selection_seconds += time.perf_counter() - started  # type: ignore[union-attr]
         return (hidden, *args[1:]), prefill.layer_kwargs(index, hidden, kwargs)
 

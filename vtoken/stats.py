@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vtoken.context import VisualContext
+from vtoken.context import Cut, VisualContext
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,32 @@ class Stats:
     depth: int
     selection_seconds: float = 0.0
     """Host time spent in the session before the language model and at layers (kernels may still run on a GPU)."""
+    sources: list[tuple[int, Tensor]] = field(default_factory=list)
+    """(layer, (I, N) long: the slot each token was merged into, -1 for none) for every cut that merged."""
     _groups: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def add_group(self, layer: int, ctx: VisualContext) -> None:
-        """Remember how many tokens of each image are left from ``layer`` on."""
-        self._groups.append((layer, ctx.valid.sum(1)))
+    def add_group(self, layer: int, ctx: VisualContext, cut: Cut | None) -> None:
+        """Remember which tokens of each image are left from ``layer`` on."""
+        self._groups.append((layer, ctx.valid))
+        if cut is not None and cut.source is not None:
+            self.sources.append((layer, cut.source))
+
+    @property
+    def kept(self) -> list[tuple[int, Tensor]]:
+        """(first layer, (I, N) bool of the tokens that are there from it on) for every cut."""
+        return list(self._groups)
 
     @property
     def images(self) -> list[ImageStats]:
         """One entry per image, in the order of the batch."""
-        first, last = self._groups[0][1].tolist(), self._groups[-1][1].tolist()
+        first, last = (kept.sum(1).tolist() for _, kept in (self._groups[0], self._groups[-1]))
         columns = self.rows.tolist(), self.tokens.tolist(), first, last
         return [ImageStats(*values) for values in zip(*columns, strict=True)]
 
     @property
     def layers(self) -> list[tuple[int, list[int]]]:
         """(first layer, visual tokens of each image from there on) for every cut."""
-        return [(layer, kept.tolist()) for layer, kept in self._groups]
+        return [(layer, kept.sum(1).tolist()) for layer, kept in self._groups]
 
     @property
     def tokens_in(self) -> int:

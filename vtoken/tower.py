@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.attention import tap
 from vtoken.context import ItemLayout
 from vtoken.encoder import STATISTICS, EncoderRead
 
@@ -78,6 +77,16 @@ class VisionReader:
     def __call__(self, original: Callable, modality: str, *args: Any, **kwargs: Any) -> Any:
         if self.busy:  # Qwen3-VL: get_video_features calls get_image_features
             return original(*args, **kwargs)
+        output, seen, inputs = self.observe(lambda: original(*args, **kwargs))
+        bound = inspect.signature(original).bind_partial(*args, **kwargs)
+        call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        record = self._record(output, modality, call, seen, inputs)
+        if hasattr(output, "pooler_output"):
+            output[ITEM] = record
+        return output, record
+
+    def observe(self, run: Callable) -> tuple[Any, dict[EncoderRead, list[Tensor]], list[Tensor]]:
+        """Call ``run`` with the taps open: its result, the statistics and the projector's inputs, per call of each."""
         seen: dict[EncoderRead, list[Tensor]] = {read: [] for read in self.reads}
         inputs: list[Tensor] = []
         self.busy = True
@@ -87,15 +96,15 @@ class VisionReader:
                 if self.projector:
                     hook = self.adapter.projector.register_forward_pre_hook(lambda m, a: inputs.append(a[0].detach()))
                     stack.callback(hook.remove)
-                output = original(*args, **kwargs)
+                output = run()
         finally:
             self.busy = False
-        bound = inspect.signature(original).bind_partial(*args, **kwargs)
-        call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        record = self._record(output, modality, call, seen, inputs)
-        if hasattr(output, "pooler_output"):
-            output[ITEM] = record
-        return output, record
+        if not all(seen.values()):
+            raise ValueError(
+                f"The vision tower of {type(self.adapter.model).__name__} computes its attention with code of its own, "
+                "which cannot be read: use a reducer that needs no encoder attention."
+            )
+        return output, seen, inputs
 
     def _open_taps(self, stack: contextlib.ExitStack, seen: dict[EncoderRead, list[Tensor]]) -> None:
         first = self.adapter.leading_tokens
@@ -105,12 +114,17 @@ class VisionReader:
             def read_all(
                 module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: dict, reads: list[EncoderRead] = reads
             ) -> None:
+                if mask is not None:
+                    raise ValueError(
+                        "The vision tower masks its attention (pictures of unequal size in one batch), and encoder "
+                        "statistics are defined without a mask: use a reducer that needs no encoder attention."
+                    )
                 scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
                 for read in reads:
                     what = read.resolve(first > 0).what
                     seen[read].append(STATISTICS[what](q, k, scale, first))
 
-            stack.enter_context(tap(self.adapter.vision_attention(layer), read_all))
+            stack.enter_context(self.adapter.tap_tower(layer, read_all))
 
     def _record(
         self, output: Any, modality: str, call: dict, seen: dict[EncoderRead, list[Tensor]], inputs: list[Tensor]

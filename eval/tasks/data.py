@@ -32,7 +32,7 @@ QUESTIONS, PICTURES, MANIFEST = "questions.parquet", "pictures.parquet", "manife
 
 @dataclass(frozen=True)
 class MiniData:
-    """Questions (kind, question, answer, evidence, scene) in a fixed order, PNG pictures by scene, a content hash."""
+    """Questions (kind, text, answer, evidence, scene) in a fixed order, PNG pictures by scene, a content hash."""
 
     questions: list[dict[str, Any]]
     pictures: list[bytes]
@@ -53,7 +53,7 @@ def generate(per_kind: int = PER_KIND, per_scene: int = PER_SCENE) -> MiniData:
         rng = np.random.default_rng([Split.TEST, number])
         scene = sample_scene(rng, held_out=True)
         pixels = render(scene, rng)
-        questions = []
+        questions: list[dict[str, Any]] = []
         for kind in sorted(asked, key=lambda k: len(asked[k])):  # the rarest kinds first
             if len(questions) < per_scene and len(asked[kind]) < per_kind and (q := KINDS[kind](scene, rng)):
                 questions.append(_row(q, len(pictures)))
@@ -70,7 +70,7 @@ def _row(question: Question, scene: int) -> dict[str, Any]:
     boxes = [[round(x, 2) for x in box] for box in question.evidence]
     return {
         "kind": question.kind,
-        "question": question.text,
+        "text": question.text,
         "answer": question.answer,
         "evidence": boxes,
         "scene": scene,

@@ -57,7 +57,9 @@ def test_editing_a_reducer_outside_of_the_package_changes_the_id(make_cell, tmp_
     monkeypatch.syspath_prepend(tmp_path)
     ids = []
     for number in (1, 2):
-        source = f"import sys\nfrom tests_own import Own\nclass Mine(Own):\n    name = 'mine'\n    constant = {number}\n"
+        source = (
+            f"import sys\nfrom tests_own import Own\nclass Mine(Own):\n    name = 'mine'\n    constant = {number}\n"
+        )
         (tmp_path / f"mine{number}.py").write_text(source)
         (tmp_path / "tests_own.py").write_text(
             "from dataclasses import dataclass\nfrom vtoken.reducers.base import ScoreReducer\n"

@@ -12,7 +12,7 @@ from vtoken.eval.tasks import bundled_tasks, data
 from vtoken.mini.questions import KINDS
 from vtoken.mini.world import IMAGE, VERSION
 
-FINGERPRINT = "e233c31a9526f597d6eb68981d4f10678989e2dbc815a1513b4919b4083b2817"
+FINGERPRINT = "dc8083104808c80409adf501a3c495f4a0fa235c724ac34355db2948c70fdbb1"
 
 
 @pytest.fixture(scope="module")

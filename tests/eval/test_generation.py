@@ -6,10 +6,17 @@ import pytest
 from vtoken.eval.generation import DEFAULT_MAX_NEW_TOKENS, cut_at, generation_options
 
 
-@pytest.mark.parametrize("arguments", [{}, {"temperature": 0, "top_p": 0.9}, {"temperature": None}, {"do_sample": True}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"temperature": 0, "top_p": 0.9}, {"temperature": None}, {"do_sample": True}]
+)
 def test_greedy_by_default(arguments):
     options = generation_options(arguments)
-    assert (options["do_sample"], options["temperature"], options["top_p"], options["top_k"]) == (False, None, None, None)
+    assert (options["do_sample"], options["temperature"], options["top_p"], options["top_k"]) == (
+        False,
+        None,
+        None,
+        None,
+    )
 
 
 def test_samples_when_the_task_asks_for_a_temperature():

@@ -9,7 +9,7 @@ import pytest
 
 import vtoken
 from vtoken.eval import harness
-from vtoken.eval.errors import EvalError, MissingExtra
+from vtoken.eval.errors import EvalError, MissingExtraError
 from vtoken.eval.loading import ModelSpec
 from vtoken.eval.tasksource import load_task, resolve_tasks
 
@@ -97,7 +97,7 @@ def test_lmms_eval_tasks_and_groups_are_resolved(private_cache):
 
 def test_a_missing_package_is_a_sentence(monkeypatch):
     monkeypatch.setattr(harness, "is_installed", lambda: False)
-    with pytest.raises(MissingExtra, match=r'pip install "vtoken\[eval\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "vtoken\[eval\]"'):
         harness.require()
-    with pytest.raises(MissingExtra):
+    with pytest.raises(MissingExtraError):
         resolve_tasks(["mini"])

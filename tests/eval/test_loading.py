@@ -16,7 +16,9 @@ def copy(checkpoint, tmp_path):
 
 
 def test_a_folder_loads_with_left_padding(checkpoint):
-    model, processor = load_model(ModelSpec(str(checkpoint), device="cpu", dtype="bfloat16", attn_implementation="eager"))
+    model, processor = load_model(
+        ModelSpec(str(checkpoint), device="cpu", dtype="bfloat16", attn_implementation="eager")
+    )
     assert processor.tokenizer.padding_side == "left"
     assert (str(model.dtype), model.config._attn_implementation, model.training) == ("torch.bfloat16", "eager", False)
 
@@ -68,5 +70,5 @@ def test_damaged_config(copy):
 
 def test_a_model_without_adapter(copy):
     (copy / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(EvalError, match="No adapter knows the model .* of type 'bert': supported are .*llava"):
+    with pytest.raises(EvalError, match=r"No adapter knows the model .* of type 'bert': supported are .*llava"):
         model_type(ModelSpec(str(copy)))

@@ -88,7 +88,9 @@ def test_keeps_the_order_where_generation_arguments_differ(model, requests_of):
 def test_stop_strings_cut_the_answer(model, requests_of):
     whole = texts(model.generate_until(requests_of(4, max_new_tokens=8)))
     assert any(" " in text for text in whole)
-    assert texts(model.generate_until(requests_of(4, max_new_tokens=8, until=[" "]))) == [t.split(" ")[0] for t in whole]
+    assert texts(model.generate_until(requests_of(4, max_new_tokens=8, until=[" "]))) == [
+        t.split(" ")[0] for t in whole
+    ]
 
 
 def test_the_cache_key_of_lmms_eval_names_the_reducer(model):

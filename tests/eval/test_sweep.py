@@ -77,7 +77,17 @@ def test_points_are_reducers_times_budgets_after_the_unpruned_model(write):
 def test_the_default_comparison_is_what_the_readme_promises():
     points = load_sweep(shipped_sweep("compare")).points()
     assert len(points) == 1 + 8 * 4
-    wanted = ["unpruned", "random", "uniform", "pooled", "fopru", "fopru (row)", "todre (k_center)", "todre", "idpruner"]
+    wanted = [
+        "unpruned",
+        "random",
+        "uniform",
+        "pooled",
+        "fopru",
+        "fopru (row)",
+        "todre (k_center)",
+        "todre",
+        "idpruner",
+    ]
     assert list(dict.fromkeys(label(point) for point in points)) == wanted
 
 

@@ -28,8 +28,8 @@ from vtoken.reducers.holov import segment_budget, segment_of
 from vtoken.reducers.prumerge import every, gather_similar, outliers
 from vtoken.reducers.rows import mean_over_rows, text_to_visual
 from vtoken.reducers.sparsevlm import pool_size, relevant, strongest_heads
-from vtoken.reducers.vispruner import thin
 from vtoken.reducers.visionzip import join, spaced, with_mean_added
+from vtoken.reducers.vispruner import thin
 from vtoken.reducers.zooprune import sensitivity
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -170,7 +170,9 @@ def zoo_prune(p, x, e):
 @check
 def fopru(p, x, e):
     first = int(p["has_cls"])
-    read = [STATISTICS[what](x["q"][None], x["k"][None], x["q"].shape[-1] ** -0.5, first) for what in ("received", "given")]
+    read = [
+        STATISTICS[what](x["q"][None], x["k"][None], x["q"].shape[-1] ** -0.5, first) for what in ("received", "given")
+    ]
     sig = significance(*read, everything(read[0]))
     e.close("sig", sig[0])
     e.same("uses_columns", torch.tensor(torch.equal(sig, read[0])))
@@ -330,7 +332,9 @@ def visionzip(p, x, e):
     assert torch.equal(stored.sort(1).values, dominant_index)
     e.same("target", target_index)
     source = join(keys, dominant, targets, valid)
-    number = torch.full_like(source, -1).scatter_(1, target_index, torch.arange(p["contextual"]).expand_as(target_index))
+    number = torch.full_like(source, -1).scatter_(
+        1, target_index, torch.arange(p["contextual"]).expand_as(target_index)
+    )
     e.same("assign", number.gather(1, source).masked_fill(dominant, -1))
     rows = with_mean_added(hidden, source)
     merged = rows.gather(1, target_index[..., None].expand(-1, -1, rows.shape[2]))

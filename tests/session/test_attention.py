@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -10,10 +11,11 @@ import tiny
 import torch
 
 import vtoken
+from vtoken.adapters import adapter_for
 from vtoken.encoder import EncoderRead
 from vtoken.reducers.base import Reducer
 
-every_family = pytest.mark.parametrize("family", list(tiny.BUILDERS))
+every_family = pytest.mark.parametrize("family", [name for name in tiny.BUILDERS if name not in tiny.HYBRID])
 every_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 
 
@@ -46,23 +48,36 @@ class Spy(Reducer):
 
 
 def eager_attentions(family, batch):
+    """Decoder attentions of a plain eager run."""
     model, inputs = tiny.make(family, batch, attn="eager")
     with torch.no_grad():
-        out = model(**inputs, output_attentions=True)
-        calls = []
-        model.model.vision_tower.register_forward_hook(lambda m, a, o: calls.append(o))
-        pixels = inputs["pixel_values"]
-        if pixels.dim() == 5:
-            pixels = pixels.flatten(0, 1)
-        vision = model.model.vision_tower(pixels, output_attentions=True).attentions
-    return out.attentions, vision
+        return model(**inputs, output_attentions=True).attentions
+
+
+def eager_encoder(family, batch, layer, **changes):
+    """Eager attention weights (views, H, patches, patches) of one tower layer, one entry per call of its attention."""
+    model, inputs = tiny.make(family, batch, attn="eager", **changes)
+    block = adapter_for(model).vision_attention(layer)
+    source = sys.modules[type(block).__module__]
+    original, found = source.eager_attention_forward, []
+
+    def spy(module, *args, **kwargs):
+        out = original(module, *args, **kwargs)
+        if module is block:
+            found.append(out[1])
+        return out
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(source, "eager_attention_forward", spy)
+        model(**inputs)
+    return found
 
 
 @every_attention
 @every_family
 @pytest.mark.parametrize("batch", [(1,), (1, 2)], ids=str)
 def test_decoder_rows_equal_eager(family, attn, batch):
-    wanted, _ = eager_attentions(family, batch)
+    wanted = eager_attentions(family, batch)
     model, inputs = tiny.make(family, batch, attn=attn)
     spy = Spy(tapped=((1, "last"), (2, "text")), peeked=((2, "question"), (3, "last")))
     with vtoken.reduce(model, spy), torch.no_grad():
@@ -83,14 +98,14 @@ def test_decoder_rows_equal_eager(family, attn, batch):
 @every_attention
 @pytest.mark.parametrize("layer", [-2, -1, 0])
 def test_encoder_statistics_equal_eager(attn, layer):
-    _, wanted = eager_attentions("llava", (2,))
+    (wanted,) = eager_encoder("llava", (2,), layer)
     model, inputs = tiny.make("llava", (2,), attn=attn)
     names = ("cls", "received", "given", "cls_logits", "keys", "best")
     spy = Spy(reads=tuple(EncoderRead(name, layer) for name in names))
     with vtoken.reduce(model, spy), torch.no_grad():
         model(**inputs)
     found = {read.what: values for read, values in spy.seen["ctx"].encoder.items()}
-    full = wanted[layer].mean(1)
+    full = wanted.mean(1)
     close = {"atol": 1e-6, "rtol": 1e-4}
     torch.testing.assert_close(found["cls"], full[:, 0, 1:], **close)
     torch.testing.assert_close(found["best"], full[:, 0, 1:], **close)
@@ -102,22 +117,82 @@ def test_encoder_statistics_equal_eager(attn, layer):
 def test_encoder_maps_follow_the_anyres_packing():
     """[CLS] attention of every kept token equals the one of its view and patch; newlines have none."""
     model, inputs = tiny.make("llava_next", (2,))
-    _, wanted = eager_attentions("llava_next", (2,))
+    (wanted,) = eager_encoder("llava_next", (2,), -2)
     spy = Spy(reads=(EncoderRead("cls"),))
     with vtoken.reduce(model, spy), torch.no_grad():
         model(**inputs)
     ctx = spy.seen["ctx"]
     scores = ctx.encoder[EncoderRead("cls")]
-    most = inputs["pixel_values"].shape[1]
+    first = 0
     for image, layout in enumerate(ctx.layouts):
         at = ~layout.newline
-        views = image * most + layout.view[at]
         patch = layout.row[at] * 4 + layout.column[at]
-        eager = wanted[-2].mean(1)[:, 0, 1:][views, patch]
+        eager = wanted.mean(1)[:, 0, 1:][first + layout.view[at], patch]
+        first += len(layout.grids)
         found = scores[image, : len(layout.view)]
         torch.testing.assert_close(found[at], eager, atol=1e-6, rtol=1e-4)
         assert found[layout.newline].isnan().all()
         assert layout.newline.any()
+
+
+@pytest.mark.parametrize("video", [False, True], ids=["image", "video"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_encoder_maps_of_packed_towers(family, layer, video):
+    """Received attention of a token is the mean of its four patches, in raster order: windows are undone."""
+    calls = eager_encoder(family, (1, 2), layer, video=video)
+    model, inputs = tiny.make(family, (1, 2), video=video)
+    read = EncoderRead("received", layer)
+    spy = Spy(reads=(read,))
+    with vtoken.reduce(model, spy), torch.no_grad():
+        model(**inputs)
+    patches = torch.cat([weights.mean((0, 1, 2)) for weights in calls])
+    wanted = patches.view(-1, 4).mean(1)
+    if family == "qwen2_5_vl":
+        grid = inputs["video_grid_thw" if video else "image_grid_thw"]
+        tower = model.model.visual
+        order = tower_order(grid.tolist(), tower.window_size // tower.patch_size // 2)
+        wanted = torch.empty_like(wanted).index_copy_(0, order, wanted)
+    found = torch.cat([row[row.isfinite()] for row in spy.seen["ctx"].encoder[read]])
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+
+
+def tower_order(grids, side):
+    """Raster index of each token in the order of a tower that goes through ``side`` x ``side`` windows."""
+    order, first = [], 0
+    for time, height, width in grids:
+        rows, columns = height // 2, width // 2
+        for step in range(time):
+            for top in range(0, rows, side):
+                for left in range(0, columns, side):
+                    for row in range(top, min(top + side, rows)):
+                        start = first + (step * rows + row) * columns
+                        order += range(start + left, start + min(left + side, columns))
+        first += time * rows * columns
+    return torch.tensor(order)
+
+
+@pytest.mark.parametrize("family", ["internvl", "gemma3", "paligemma", "aya_vision", "cohere2_vision", "idefics3"])
+def test_encoder_maps_of_pooled_tiles(family):
+    """A token has the mean of the k x k patches that it was made of."""
+    (weights,) = eager_encoder(family, (1, 2), -1)
+    model, inputs = tiny.make(family, (1, 2))
+    read = EncoderRead("received", -1)
+    spy = Spy(reads=(read,))
+    with vtoken.reduce(model, spy), torch.no_grad():
+        model(**inputs)
+    first = int(family == "internvl")  # the [CLS] token of the tower
+    grid = weights.mean(1)[:, first:, first:].mean(1).view(-1, 1, 4, 4)
+    wanted = torch.nn.functional.avg_pool2d(grid, 1 if family == "paligemma" else 2).flatten()
+    found = torch.cat([row[row.isfinite()] for row in spy.seen["ctx"].encoder[read]])
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_a_masked_tower_is_refused():
+    """Pixtral packs pictures into one sequence and separates them by a mask, which the statistics do not know."""
+    model, inputs = tiny.make("mistral3", (1,))
+    with vtoken.reduce(model, Spy(reads=(EncoderRead("received"),))), pytest.raises(ValueError, match="mask"):
+        model(**inputs)
 
 
 def test_no_encoder_attention_is_computed_unless_asked(monkeypatch):

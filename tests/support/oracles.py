@@ -65,18 +65,30 @@ def visual_and_real(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return (ids == tiny.IMAGE_ID) | (ids == tiny.VIDEO_ID), inputs["attention_mask"].bool()
 
 
-def runs_of(visual: Tensor) -> list[list[Tensor]]:
-    """Per row the positions of each contiguous run of visual tokens (the tiny inputs put text between images)."""
+def runs_of(visual: Tensor, lengths: list[int] | None = None) -> list[list[Tensor]]:
+    """Per row the positions of each item.
+
+    The tiny inputs put text between items, so that an unbroken run of visual tokens is one; ``lengths`` are the items'
+    lengths where that does not hold (a clip with timestamps between its frames).
+    """
     out = []
+    waiting = list(lengths or ())
     for row in visual:
         places = row.nonzero()[:, 0]
         gaps = (places.diff() > 1).nonzero()[:, 0] + 1
+        if lengths:
+            taken: list[int] = []
+            while sum(taken) < len(places):
+                taken.append(waiting.pop(0))
+            gaps = torch.tensor(taken).cumsum(0)[:-1]
         out.append(list(places.tensor_split(gaps.tolist())) if len(places) else [])
     return out
 
 
 @contextlib.contextmanager
-def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Tensor):
+def masked_oracle(
+    model: nn.Module, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None = None
+):
     """The stock model on the full sequence, with dropped keys hidden by an explicit 4-D mask in every layer."""
     cuts = dict(plan.at)
     length = visual.shape[1]
@@ -84,7 +96,7 @@ def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Ten
 
     def choose(hidden: Tensor, ratio: float, now: Tensor) -> Tensor:
         keep = now & ~visual
-        for row, runs in enumerate(runs_of(visual)):
+        for row, runs in enumerate(runs_of(visual, lengths)):
             for run in runs:
                 left = run[now[row, run]]
                 scores = content_score(hidden[row, left])
@@ -129,26 +141,43 @@ def positions(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model._prepare_position_ids_for_generation(kwargs.pop("input_ids"), kwargs)
 
 
-def extended(inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-    """Inputs with generated tokens appended: a full forward without cache."""
+def extended(model: nn.Module, inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """Inputs with generated tokens appended, and the positions that decoding counts up to: a forward without cache."""
     out = dict(inputs)
     out["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     out["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
-    if "mm_token_type_ids" in inputs:
-        old = inputs["mm_token_type_ids"]
-        out["mm_token_type_ids"] = torch.cat([old, torch.zeros_like(tokens).to(old.dtype)], 1)
+    for name in TOKEN_TYPES & inputs.keys():  # PaliGemma: the answer is the causal suffix, type 1
+        kind = int(model.config.model_type == "paligemma")
+        out[name] = torch.cat([inputs[name], torch.full_like(tokens, kind).to(inputs[name].dtype)], 1)
+    start = positions(model, inputs)
+    later = start[..., -1:] + torch.arange(1, tokens.shape[1] + 1)
+    out["position_ids"] = torch.cat([start, later], -1)
     return out
 
 
-def alone(inputs: dict[str, Tensor], row: int, images: slice) -> dict[str, Tensor]:
-    """Row ``row`` of a batch without its padding; ``images`` are its images."""
+TOKEN_TYPES = {"mm_token_type_ids", "token_type_ids"}
+ROWWISE = {"input_ids", "attention_mask", *TOKEN_TYPES}
+
+
+def alone(inputs: dict[str, Tensor], row: int, counts: tuple[int, ...]) -> dict[str, Tensor]:
+    """Row ``row`` without its padding and with its own pictures, of a batch with ``counts`` pictures in the rows."""
     at = inputs["attention_mask"][row].bool()
-    out = {}
-    for name, value in inputs.items():
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            out[name] = value[row : row + 1, at]
+    first, last = sum(counts[:row]), sum(counts[: row + 1])
+    out = {name: value[row : row + 1, at] for name, value in inputs.items() if name in ROWWISE}
+    if first == last:
+        return out
+    for name in inputs.keys() - ROWWISE:
+        value = inputs[name]
+        grid = inputs.get("video_grid_thw" if "video" in name else "image_grid_thw")
+        if name.startswith("pixel_values") and grid is not None:
+            out[name] = torch.cat(value.split(grid.prod(1).tolist())[first:last])
+        elif value.dim() == 5 and "image_sizes" not in inputs and "video" not in name:  # Idefics 3: a row of tiles
+            out[name] = value[row : row + 1, : last - first]
+        elif name == "pixel_values" and len(value) > sum(counts):  # InternVL: several tiles for a picture
+            tiles = [tiny.TILES[i % len(tiny.TILES)] for i in range(sum(counts))]
+            out[name] = torch.cat(value.split(tiles)[first:last])
         else:
-            out[name] = value[images]
+            out[name] = value[first:last]
     return out
 
 

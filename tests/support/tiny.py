@@ -15,6 +15,14 @@ VISION_START, VISION_END = 188, 189
 WIDTH, SIDE, PATCH = 64, 24, 6
 
 BUILDERS = {}
+CORE = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl")
+"""Families on which the whole matrix of tests runs; the others run a part of it that the tests name."""
+HYBRID = ("qwen3_5", "qwen3_5_moe")
+"""Families with recurrent layers, in which hiding a token is another function than dropping it."""
+PREFIX = ("paligemma",)
+"""Families that read a prompt both ways: a later turn changes what an earlier one computed."""
+SLIDING = ("gemma3", "aya_vision", "cohere2_vision")
+"""Families with sliding-window layers, here with a window shorter than the prompts."""
 
 
 def family(build):
@@ -483,3 +491,8 @@ def mistral3(images_per_row, generator):
     return model, {**inputs, "pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
+
+
+VERSION = tuple(map(int, tf.__version__.split(".")[:2]))
+ENCODED_INPUT = VERSION >= (5, 18)
+"""Whether models accept encoded pictures (``mm_encoder_outputs``)."""

@@ -107,7 +107,7 @@ def _run(cells: Sequence[Cell], store: Store) -> list[Cell]:
 
 def _show(sweep: Sweep, cells: Sequence[Cell], store: Store) -> None:
     from vtoken.eval.cost import BATCH
-    from vtoken.eval.render import LEGEND
+    from vtoken.eval.render import LEGEND, failures
     from vtoken.eval.report import CAVEAT, write_reports
     from vtoken.eval.summary import summarize
 
@@ -115,6 +115,8 @@ def _show(sweep: Sweep, cells: Sequence[Cell], store: Store) -> None:
     files = write_reports(rows, store.root, sweep.model_dump(mode="json"))
     console = out()
     console.print(_table(rows))
+    for line in failures(rows):
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(LEGEND.format(batch=BATCH), style="dim", highlight=False)
     if any(cell.model.kind == "embedded" for cell in cells):
         console.print(CAVEAT, style="dim", highlight=False)

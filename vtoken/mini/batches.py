@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtoken.mini.labels import FIELDS, patch_labels, picture_labels
+from vtoken.mini.labels import FIELDS, box_patches, center_patch, patch_labels, picture_labels
 from vtoken.mini.model import ASSISTANT, BOS, EOS, IMAGE_TOKEN, PAD, USER, VOCAB
 from vtoken.mini.questions import KINDS, Question
-from vtoken.mini.world import GRID, Scene, Split, render, sample_scene
+from vtoken.mini.world import GRID, SHAPES, Scene, Split, render, sample_scene
 
 PATCHES = GRID * GRID
 PREFIX = 2  # <s> <user>
 MEAN, STD = 0.5, 0.25
+GROUNDED = ("existence", "color", "shape", "position", "relation")
+NOUNS = (*SHAPES, "thing")
 
 
 @dataclass
@@ -77,15 +79,29 @@ class Pack:
     """Q question/answer pairs a scene, each of which sees the picture and itself only.
 
     ids, labels, positions, block (B, T): T = Q * length text columns; block is the pair's number from 1 on, 0 for
-    padding; labels are -100 outside of the answers; kinds (B, Q) names each pair.
+    padding; labels are -100 outside of the answers; kinds (B, Q) names each pair. nouns (B, R) are text columns that name
+    an item (-1: padding), regions (B, R, PATCHES) the patches that show it and centers (B, R) the one at its centre.
+    pairs (B, Q, 3) are, for questions about two items, the columns of both nouns and of the token that answers (-1: padding).
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
     block: torch.Tensor
+    nouns: torch.Tensor
+    regions: torch.Tensor
+    centers: torch.Tensor
+    pairs: torch.Tensor
     kinds: list[list[str]]
     length: int
+
+
+def grounded_nouns(question: Question) -> list[tuple[int, np.ndarray, int]]:
+    """(token of the question, patches, central patch) for every item that the question names and the picture shows."""
+    if question.kind not in GROUNDED or question.answer == "no" and question.kind == "existence":
+        return []
+    nouns = [i for i, word in enumerate(question.text.split()) if word in NOUNS]
+    return [(i, box_patches(box), center_patch(box)) for i, box in zip(nouns, question.evidence, strict=True)]
 
 
 def pack(scenes: Sequence[Scene], number: int, kinds: Sequence[str], rng: np.random.Generator) -> Pack:
@@ -105,9 +121,21 @@ def pack(scenes: Sequence[Scene], number: int, kinds: Sequence[str], rng: np.ran
             ids[b, i, :end] = question + answer
             labels[b, i, len(question) : end] = answer
             block[b, i, :end] = i + 1
+    nouns = np.full((len(scenes), 2 * number), -1)
+    regions, centers = np.zeros((*nouns.shape, PATCHES), bool), np.zeros(nouns.shape, int)
+    pairs = np.full((len(scenes), number, 3), -1)
+    for b, questions in enumerate(asked):
+        for i, q in enumerate(questions):
+            if q.kind == "relation":
+                pairs[b, i] = [i * length + at for at, *_ in grounded_nouns(q)] + [i * length + len(q.text.split())]
+        found = [(i * length + at, *place) for i, q in enumerate(questions) for at, *place in grounded_nouns(q)]
+        for r, (column, region, center) in enumerate(found):
+            nouns[b, r], regions[b, r], centers[b, r] = column, region, center
     positions = np.broadcast_to(np.arange(length) + PREFIX + PATCHES, shape)
     flat = [torch.from_numpy(x.reshape(len(scenes), -1).copy()) for x in (ids, labels, positions, block)]
-    return Pack(*flat, kinds=[[q.kind for q in questions] for questions in asked], length=length)
+    grounding = torch.from_numpy(nouns), torch.from_numpy(regions), torch.from_numpy(centers)
+    grounding = *grounding, torch.from_numpy(pairs)
+    return Pack(*flat, *grounding, kinds=[[q.kind for q in questions] for questions in asked], length=length)
 
 
 def attention_mask(visual: int, block: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vtoken.mini.world import COLORS, GRID, LETTERS, MAX_LETTERS, PATCH, SHAPES, Item, Scene
+from vtoken.mini.world import COLORS, GRID, LETTERS, MAX_LETTERS, PATCH, SHAPES, Scene
 
 IGNORE = -100
 FIELDS = {
@@ -28,13 +28,24 @@ _MIN_OVERLAP = 0.3  # of the patch or of the item, whichever is smaller
 _ANY_OVERLAP = 0.05  # between the two a patch is neither: it is left out of the loss
 
 
-def _overlap(item: Item) -> np.ndarray:
-    """(GRID, GRID) area shared by each patch and the item's box, relative to the smaller of the two."""
-    x0, y0, x1, y1 = item.box
+def _overlap(box: tuple[float, float, float, float]) -> np.ndarray:
+    """(GRID, GRID) area shared by each patch and a box, relative to the smaller of the two."""
+    x0, y0, x1, y1 = box
     edge = np.arange(GRID) * PATCH
     width = np.clip(np.minimum(edge + PATCH, x1) - np.maximum(edge, x0), 0, None)
     height = np.clip(np.minimum(edge + PATCH, y1) - np.maximum(edge, y0), 0, None)
-    return height[:, None] * width[None] / min(PATCH**2, item.width * item.height)
+    return height[:, None] * width[None] / min(PATCH**2, (x1 - x0) * (y1 - y0))
+
+
+def box_patches(box: tuple[float, float, float, float]) -> np.ndarray:
+    """(GRID * GRID,) bool: the patches that show what is in a box."""
+    return (_overlap(box) >= _MIN_OVERLAP).reshape(-1)
+
+
+def center_patch(box: tuple[float, float, float, float]) -> int:
+    """Raster index of the patch that holds the centre of a box."""
+    x0, y0, x1, y1 = box
+    return int((y0 + y1) / 2 // PATCH) * GRID + int((x0 + x1) / 2 // PATCH)
 
 
 def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
@@ -43,8 +54,8 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
     out["kind"][:] = 0
     out["row"][:], out["column"][:] = np.arange(GRID)[:, None], np.arange(GRID)[None]
     for item in scene.items:
-        overlap = _overlap(item)
-        center = int(item.y // PATCH), int(item.x // PATCH)
+        overlap = _overlap(item.box)
+        center = divmod(center_patch(item.box), GRID)
         covered = overlap >= _MIN_OVERLAP
         covered[center] = True
         out["kind"][(overlap > _ANY_OVERLAP) & ~covered & (out["kind"] <= 0)] = IGNORE

@@ -20,6 +20,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from vtoken.attention import attention_rows, tap
 from vtoken.mini import batches
 from vtoken.mini.labels import FIELDS, IGNORE, PICTURE_LABELS
 from vtoken.mini.model import VOCAB, build_model, build_processor
@@ -38,8 +40,10 @@ log = logging.getLogger("vtoken.mini")
 WIDTH = 128
 EASY_STEPS = 600  # with few shapes a scene: binding is found there first
 HORIZON = 6000  # steps of the decoder's learning-rate schedule, of which each phase takes the beginning
+GROUND_LAYER, GROUND_HEADS, RELATE_LAYER, GROUND_WEIGHT = 2, 2, 4, 0.1
 HARD_KINDS = [*KINDS, "existence", "position", "relation", "count", "word"]  # asked twice as often
 BINDING_KINDS = ["position", "relation", "position", "relation", "existence", "count", "word", "shape"]
+NOUN_FIELDS = ("color", "shape", "row", "column")
 FIELD_WEIGHTS = {"kind": 1.0, "row": 0.2, "column": 0.2}
 
 
@@ -77,7 +81,7 @@ class Heads(nn.Module):
         super().__init__()
         self.patch = nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in FIELDS.items()})
         self.picture = nn.ModuleList([nn.Linear(WIDTH, PICTURE_LABELS) for _ in range(2)])
-        self.counts = nn.ModuleList([nn.Linear(WIDTH, 1) for _ in range(2)])
+        self.noun = nn.ModuleDict({name: nn.Linear(WIDTH, FIELDS[name]) for name in NOUN_FIELDS})
 
     def dense_loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
         """Cross-entropy of every field over the patches to which it applies; ``features`` (B, N, WIDTH)."""
@@ -87,6 +91,14 @@ class Heads(nn.Module):
             logits = head(features).flatten(0, 1)
             loss = F.cross_entropy(logits, labels[name].flatten(), ignore_index=IGNORE)
             total = total + FIELD_WEIGHTS.get(name, weight) * loss
+        return total
+
+    def noun_loss(self, states: torch.Tensor, labels: dict[str, torch.Tensor], pack: batches.Pack) -> torch.Tensor:
+        """Cross-entropy of what and where an item is, from the decoder's states (B, R, WIDTH) of its noun."""
+        total = states.new_zeros(())
+        for name, head in self.noun.items():
+            target = labels[name].gather(1, pack.centers).masked_fill(pack.nouns < 0, IGNORE)
+            total = total + F.cross_entropy(head(states).flatten(0, 1), target.flatten(), ignore_index=IGNORE)
         return total
 
     def picture_loss(self, cls: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
@@ -125,26 +137,79 @@ def visual_states(model: LlavaForConditionalGeneration, pixels: torch.Tensor) ->
     return [out.hidden_states[-2], out.hidden_states[-1]]
 
 
-def answer_logits(
-    model: LlavaForConditionalGeneration, visual: torch.Tensor, where: torch.Tensor, pack: batches.Pack
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and targets of the answer tokens; ``visual`` (B, N, WIDTH) at raster places ``where`` (B, N)."""
+@dataclass
+class Answers:
+    """Logits and targets of the answer tokens, and the grounding loss."""
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    grounding: torch.Tensor
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Cross-entropy of the answers plus the weighted grounding loss."""
+        return F.cross_entropy(self.logits, self.target) + GROUND_WEIGHT * self.grounding
+
+    @property
+    def correct(self) -> torch.Tensor:
+        """(M,) bool."""
+        return self.logits.argmax(-1) == self.target
+
+
+def answer(
+    model: LlavaForConditionalGeneration,
+    heads: Heads,
+    visual: torch.Tensor,
+    where: torch.Tensor,
+    pack: batches.Pack,
+    labels: dict[str, torch.Tensor],
+) -> Answers:
+    """Answer packed questions; ``visual`` (B, N, WIDTH) stands at raster places ``where`` (B, N).
+
+    The grounding loss teaches two heads of one layer to look from a noun at the patches that show it, and the noun's state
+    after that layer to say what and where it is: without it, binding a colour and a shape to one place is a plateau of
+    thousands of steps.
+    """
     size = visual.shape[0]
     embed = model.get_input_embeddings()
     prefix = embed(batches.PREFIX_IDS).expand(size, -1, -1)
     inputs = torch.cat([prefix, visual, embed(pack.ids)], 1)
     start = torch.arange(batches.PREFIX).expand(size, -1)
     positions = torch.cat([start, where + batches.PREFIX, pack.positions], 1)
-    hidden = model.model.language_model(
-        inputs_embeds=inputs,
-        attention_mask=batches.attention_mask(visual.shape[1], pack.block),
-        position_ids=positions,
-        use_cache=False,
-    ).last_hidden_state
-    before = hidden[:, batches.PREFIX + visual.shape[1] :][:, :-1]
+    text = batches.PREFIX + visual.shape[1]  # first text column
+    regions = pack.regions.gather(2, where[:, None].expand(-1, pack.regions.shape[1], -1))
+    losses: list[torch.Tensor] = []
+
+    def ground(module, query, key, mask, kwargs) -> None:
+        rows = pack.nouns.clamp(min=0) + text
+        seen = attention_rows(module, query, key, mask, kwargs, rows)[:, :GROUND_HEADS]
+        mass = (seen[..., batches.PREFIX : text] * regions[:, None]).sum(-1)
+        shown = (pack.nouns >= 0) & regions.any(-1)
+        losses.append(-(mass + 1e-4).log().mean(1)[shown].mean())
+
+    def relate(module, query, key, mask, kwargs) -> None:
+        first, second, answering = (pack.pairs.clamp(min=0) + text).unbind(-1)
+        seen = attention_rows(module, query, key, mask, kwargs, answering)
+        mass = torch.cat([seen[:, h].gather(-1, at[..., None]) for h, at in enumerate((first, second))], -1)
+        losses.append(-(mass + 1e-4).log().sum(-1)[pack.pairs[..., 0] >= 0].sum() / max(int((pack.pairs[..., 0] >= 0).sum()), 1))
+
+    def name(module, args, output) -> None:
+        rows = (pack.nouns.clamp(min=0) + text)[..., None].expand(-1, -1, WIDTH)
+        losses.append(heads.noun_loss(output.gather(1, rows), labels, pack))
+
+    layer = model.model.language_model.layers[GROUND_LAYER]
+    handle = layer.register_forward_hook(name)
+    with tap(layer.self_attn, ground), tap(model.model.language_model.layers[RELATE_LAYER].self_attn, relate):
+        hidden = model.model.language_model(
+            inputs_embeds=inputs,
+            attention_mask=batches.attention_mask(visual.shape[1], pack.block),
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+    handle.remove()
     target = pack.labels[:, 1:]
     asked = target != -100
-    return model.lm_head(before[asked]), target[asked]
+    return Answers(model.lm_head(hidden[:, text:-1][asked]), target[asked], sum(losses))
 
 
 class Meter:
@@ -153,11 +218,11 @@ class Meter:
     def __init__(self) -> None:
         self.right, self.total, self.losses = defaultdict(float), defaultdict(int), []
 
-    def add(self, loss: float, correct: torch.Tensor, pack: batches.Pack) -> None:
-        self.losses.append(loss)
+    def add(self, answers: Answers, pack: batches.Pack) -> None:
+        self.losses.append((answers.loss.item(), answers.grounding.item()))
         wrong = torch.zeros(pack.labels.shape, dtype=torch.bool)
         asked = pack.labels[:, 1:] != -100
-        wrong[:, 1:][asked] = ~correct
+        wrong[:, 1:][asked] = ~answers.correct
         exact = ~wrong.view(len(pack.kinds), -1, pack.length).any(-1)
         for row, kinds in zip(exact.tolist(), pack.kinds, strict=True):
             for ok, kind in zip(row, kinds, strict=False):
@@ -166,7 +231,8 @@ class Meter:
 
     def report(self) -> str:
         kinds = " ".join(f"{k[:4]} {self.right[k] / self.total[k]:.2f}" for k in KINDS if self.total[k])
-        text = f"loss {sum(self.losses) / max(len(self.losses), 1):.3f} | {kinds}"
+        loss, grounding = (sum(values) / len(values) for values in zip(*self.losses, strict=True))
+        text = f"loss {loss:.3f} ground {grounding:.2f} | {kinds}"
         self.__init__()
         return text
 
@@ -187,11 +253,11 @@ def foreground_first(labels: dict[str, torch.Tensor], number: int) -> torch.Tens
 
 
 def teach_decoder(
-    model, symbols: Symbols, limit: int, minutes: float, save, kinds: list[str], binding: bool, lr: float = 1.5e-3
+    model, symbols: Symbols, heads: Heads, limit: int, minutes: float, save, kinds: list[str], binding: bool, lr: float = 1.5e-3
 ) -> None:
     """Phases 1 and 2: answer questions of some ``kinds`` about symbolic pictures, simple ones first."""
     rng = batches.train_rng(5 if binding else 1)
-    parts = [model.model.language_model, symbols]
+    parts = [model.model.language_model, symbols, heads.noun]
     params = [p for part in parts for p in part.parameters()]
     opt = optimizer(params, lr)
     schedule, meter = Schedule(opt, lr, HORIZON), Meter()
@@ -205,13 +271,12 @@ def teach_decoder(
         where = foreground_first(batch.labels, 32 if simple else 56)
         visual = symbols({k: v.gather(1, where) for k, v in batch.labels.items()}, dropout=0.02)
         visual = visual + 0.03 * torch.randn_like(visual)
-        logits, target = answer_logits(model, visual, where, pack)
-        loss = F.cross_entropy(logits, target)
+        found = answer(model, heads, visual, where, pack, batch.labels)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
+        found.loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        meter.add(loss.item(), logits.argmax(-1) == target, pack)
+        meter.add(found, pack)
         if step % 50 == 49:
             log.info("decoder %d %s", step + 1, meter.report())
         if step % 250 == 249:
@@ -309,15 +374,15 @@ def teach_all(
         batch = batches.scene_batch(16, rng)
         pack = batches.pack(batch.scenes, 10, HARD_KINDS, rng)
         states = visual_states(model, batch.pixels)
-        logits, target = answer_logits(model, model.model.multi_modal_projector(states[0][:, 1:]), everywhere, pack)
-        answers = F.cross_entropy(logits, target)
+        visual = model.model.multi_modal_projector(states[0][:, 1:])
+        found = answer(model, heads, visual, everywhere, pack, batch.labels)
         dense = heads.dense_loss(states[0][:, 1:], batch.labels)
         picture = heads.picture_loss([state[:, 0] for state in states], batch.picture)
         opt.zero_grad(set_to_none=True)
-        (answers + 0.05 * dense + 0.5 * picture).backward()
+        (found.loss + 0.05 * dense + 0.5 * picture).backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        meter.add(answers.item(), logits.argmax(-1) == target, pack)
+        meter.add(found, pack)
         others.append((dense.item(), picture.item()))
         if step % 50 == 49:
             dense_mean, picture_mean = (sum(x) / len(others) for x in zip(*others, strict=True))
@@ -353,6 +418,7 @@ class Run:
             "symbols": self.symbols,
             "tower": self.model.model.vision_tower,
             "heads": self.heads,
+            "noun": self.heads.noun,
             "projector": self.model.model.multi_modal_projector,
         }
 
@@ -364,22 +430,22 @@ class Run:
             self.parts[name].load_state_dict(state)
 
     def _save_decoder(self) -> None:
-        self.save("decoder", ("lm", "symbols"))
+        self.save("decoder", ("lm", "symbols", "noun"))
 
     def decoder(self, limit: int, minutes: float) -> None:
         self.symbols.start_from_words(self.model.get_input_embeddings().weight)
-        teach_decoder(self.model, self.symbols, limit, minutes, self._save_decoder, list(KINDS), binding=False)
+        teach_decoder(self.model, self.symbols, self.heads, limit, minutes, self._save_decoder, list(KINDS), binding=False)
 
     def binding(self, limit: int, minutes: float) -> None:
         self.load("decoder")
-        teach_decoder(self.model, self.symbols, limit, minutes, self._save_decoder, BINDING_KINDS, binding=True)
+        teach_decoder(self.model, self.symbols, self.heads, limit, minutes, self._save_decoder, BINDING_KINDS, binding=True)
 
     def tower(self, limit: int, minutes: float) -> None:
         teach_tower(self.model, self.heads, limit, minutes, lambda: self.save("tower", ("tower", "heads")))
 
     def align(self, limit: int, minutes: float) -> None:
-        self.load("decoder")
         self.load("tower")
+        self.load("decoder")
         align(self.model, self.symbols, limit, minutes)
         self.save("align", tuple(self.parts))
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vtoken.context import Attention, Cut, VisualContext
 from vtoken.ops import page_rank, top_k
-from vtoken.reducers.base import Assignment, MergeReducer, check_place, check_scores, layer_at
+from vtoken.reducers.base import Assignment, MergeReducer, check_scores
+from vtoken.reducers.checks import check_count, check_number, check_place, layer_at
 from vtoken.reducers.rounds import merge_views
 from vtoken.reducers.rows import rows_at
 from vtoken.registry import register
@@ -58,11 +59,8 @@ class AIM(MergeReducer):
         check_place("last", self.last)
         if type(self.first) is type(self.last) and self.first >= self.last:
             raise ValueError(f"first={self.first} must come before last={self.last}.")
-        if self.temperature <= 0 or self.iterations < 1:
-            raise ValueError(
-                f"temperature={self.temperature}, iterations={self.iterations}: give a positive temperature and at "
-                "least 1 iteration."
-            )
+        check_number("temperature", self.temperature, 0, above=True)
+        check_count("iterations", self.iterations)
 
     def assign(self, ctx: VisualContext, budget: Tensor) -> Assignment:
         """Merge by the similarity of the features."""

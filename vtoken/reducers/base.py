@@ -197,31 +197,6 @@ def stage_budget(ctx: VisualContext, keep: Keep, stage: int, stages: int) -> Ten
     return (tokens * (last / tokens).double() ** (stage / stages)).round().long().clamp(min=1)
 
 
-def layer_at(place: int | float, depth: int) -> int:
-    """Decoder layer of a place: an int is the layer itself, a float in (0, 1) a share of the depth.
-
-    >>> layer_at(0.5, 32), layer_at(3, 32)
-    (16, 3)
-    """
-    return place if isinstance(place, int) else round(place * depth)
-
-
-def check_place(name: str, place: object, least: int = 0) -> None:
-    """Validate a place for `layer_at`.
-
-    Raises
-    ------
-    ValueError
-        If it is neither a layer number of at least ``least`` nor a share of the depth.
-    """
-    whole = isinstance(place, int) and not isinstance(place, bool) and place >= least
-    if not whole and not (isinstance(place, float) and 0 < place < 1):
-        raise ValueError(
-            f"{name}={place!r} is no decoder layer: give its number, at least {least}, or a share of the depth in "
-            "(0, 1) such as 0.5."
-        )
-
-
 def with_newlines(keep: Tensor, ctx: VisualContext, wanted: Tensor) -> Tensor:
     """Add newlines to (I, N) bool: all of them, or as many as a budget (I,) beyond the patches has room for."""
     newline = ctx.newline & ctx.valid

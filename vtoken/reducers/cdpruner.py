@@ -12,6 +12,7 @@ from torch.nn import functional
 from vtoken.context import VisualContext
 from vtoken.ops import dpp
 from vtoken.reducers.base import SelectReducer, check_features
+from vtoken.reducers.checks import check_choice
 from vtoken.reducers.views import Views
 from vtoken.registry import register
 
@@ -47,8 +48,7 @@ class CDPruner(SelectReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.relevance not in RELEVANCE:
-            raise ValueError(f"relevance={self.relevance!r}: choose one of {list(RELEVANCE)}.")
+        check_choice("relevance", self.relevance, RELEVANCE)
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K) of each view's process."""

@@ -35,6 +35,7 @@ class Chain(Reducer):
     """
 
     name = "chain"
+    name = "chain"
     summary = "Several reducers, one after the other."
 
     reducers: Sequence[Reducer] = ()

@@ -11,7 +11,8 @@ from torch import Tensor
 from vtoken.context import Cut, VisualContext
 from vtoken.ops import top_k
 from vtoken.ops.common import index_mask, unit_vectors
-from vtoken.reducers.base import KeepReducer, check_place, layer_at, with_newlines
+from vtoken.reducers.base import KeepReducer, with_newlines
+from vtoken.reducers.checks import check_count, check_place, layer_at
 from vtoken.reducers.rows import question_rows
 from vtoken.registry import register
 from vtoken.sequence import gather
@@ -51,11 +52,8 @@ class DART(KeepReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_place("layer", self.layer, least=1)
-        if self.pivots < 1 or self.text_pivots < 0:
-            raise ValueError(
-                f"pivots={self.pivots}, text_pivots={self.text_pivots}: give at least 1 visual pivot and no negative "
-                "number of text pivots."
-            )
+        check_count("pivots", self.pivots)
+        check_count("text_pivots", self.text_pivots, least=0)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return (max(1, layer_at(self.layer, depth)),)

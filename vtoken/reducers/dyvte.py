@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from vtoken.context import Cut, VisualContext
-from vtoken.reducers.base import Reducer, check_place, layer_at
+from vtoken.reducers.base import Reducer
+from vtoken.reducers.checks import check_choice, check_count, check_number, check_place, layer_at, places
 from vtoken.reducers.rows import leave, question_rows, rows_at, text_to_visual
 from vtoken.registry import register
 from vtoken.sequence import gather
@@ -64,15 +65,11 @@ class DyVTE(Reducer):
     gate: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "checks", tuple(self.checks))
-        if self.exit not in EXITS:
-            raise ValueError(f"exit={self.exit!r}: choose one of {list(EXITS)}.")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold} is outside of [0, 1].")
-        if self.patience < 1:
-            raise ValueError(f"patience={self.patience}: give at least 1 check.")
-        for name, place in [("min_layer", self.min_layer), *(("checks", place) for place in self.checks)]:
-            check_place(name, place)
+        object.__setattr__(self, "checks", places("checks", self.checks))
+        check_choice("exit", self.exit, EXITS)
+        check_number("threshold", self.threshold, 0, 1)
+        check_place("min_layer", self.min_layer)
+        check_count("patience", self.patience)
         if (self.exit == "gate") != (self.gate is not None):
             raise ValueError(
                 f"exit={self.exit!r} and gate={self.gate!r}: a checkpoint goes with exit='gate', only there."

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vtoken.context import VisualContext
-from vtoken.reducers.base import LayerReducer, check_place, layer_at
+from vtoken.reducers.base import LayerReducer
+from vtoken.reducers.checks import check_place, layer_at
 from vtoken.reducers.rows import rows_at
 from vtoken.registry import register
 

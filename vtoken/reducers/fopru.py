@@ -12,6 +12,7 @@ from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.checks import check_block, check_choice
 from vtoken.reducers.views import Views, grid
 from vtoken.registry import register
 
@@ -32,7 +33,7 @@ class FoPru(SelectReducer):
     strategy : str
         ``"rank"``: the most significant tokens; ``"row"``: the most significant grid rows as a whole, the last one as
         far as the budget goes, most significant tokens first.
-    layer : int
+    layer : int or float
         Block of the vision tower.
 
     Raises
@@ -47,12 +48,12 @@ class FoPru(SelectReducer):
     positions = "compact"
 
     strategy: str = "rank"
-    layer: int = -2
+    layer: int | float = -2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy={self.strategy!r}: choose one of {list(STRATEGIES)}.")
+        check_choice("strategy", self.strategy, STRATEGIES)
+        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return EncoderRead("received", self.layer), EncoderRead("given", self.layer)

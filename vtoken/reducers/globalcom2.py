@@ -14,6 +14,7 @@ from vtoken.context import ItemLayout, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.checks import check_block, check_choice, check_number
 from vtoken.reducers.views import Views
 from vtoken.registry import register
 
@@ -36,7 +37,7 @@ class GlobalCom2(SelectReducer):
         ``"cls"``: logits of [CLS]; ``"features"``: ``-cos(x, mean of the view)`` for towers without [CLS].
     temperature : float
         Softens the difference between crops.
-    layer : int
+    layer : int or float
         Block of the vision tower.
 
     Raises
@@ -52,14 +53,13 @@ class GlobalCom2(SelectReducer):
 
     scores: str = "cls"
     temperature: float = 10.0
-    layer: int = -1
+    layer: int | float = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scores not in SCORES:
-            raise ValueError(f"scores={self.scores!r}: choose one of {list(SCORES)}.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: give a positive number.")
+        check_choice("scores", self.scores, SCORES)
+        check_number("temperature", self.temperature, 0, above=True)
+        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return (EncoderRead("cls_logits", self.layer),) if self.scores == "cls" else ()

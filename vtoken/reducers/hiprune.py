@@ -12,6 +12,7 @@ from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.checks import check_block, check_flag, check_number
 from vtoken.reducers.views import Views, grid
 from vtoken.registry import register
 
@@ -32,7 +33,7 @@ class HiPrune(SelectReducer):
         Share of the budget for anchors and neighbours.
     object_layer : int or float
         Block of the vision tower for anchors: its index, or a share of its depth. The authors' ninth of 24.
-    layer : int
+    layer : int or float
         Block for the rest.
     compat : bool
         Take neighbours by raster index.
@@ -49,15 +50,15 @@ class HiPrune(SelectReducer):
 
     alpha: float = 0.1
     object_layer: int | float = 0.34
-    layer: int = -2
+    layer: int | float = -2
     compat: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha} is outside of [0, 1]: give a share of the budget.")
-        if isinstance(self.object_layer, float) and not 0 < self.object_layer < 1:
-            raise ValueError(f"object_layer={self.object_layer}: give a block number, or a share in (0, 1).")
+        check_number("alpha", self.alpha, 0, 1)
+        check_block("object_layer", self.object_layer)
+        check_block("layer", self.layer)
+        check_flag("compat", self.compat)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return EncoderRead("received", self.object_layer), EncoderRead("received", self.layer)

@@ -13,6 +13,7 @@ from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.checks import check_block, check_count
 from vtoken.reducers.views import Views
 from vtoken.registry import register
 
@@ -31,7 +32,7 @@ class HoloV(SelectReducer):
     ----------
     segments : int
         Parts in raster order.
-    layer : int
+    layer : int or float
         Block of the vision tower.
 
     Raises
@@ -45,12 +46,12 @@ class HoloV(SelectReducer):
     positions = "compact"
 
     segments: int = 16
-    layer: int = -2
+    layer: int | float = -2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.segments < 1:
-            raise ValueError(f"segments={self.segments}: give at least 1.")
+        check_count("segments", self.segments)
+        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return (EncoderRead("best", self.layer),)

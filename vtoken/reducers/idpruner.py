@@ -12,6 +12,7 @@ from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import mmr
 from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.checks import check_block, check_count, check_number
 from vtoken.registry import register
 
 
@@ -30,7 +31,7 @@ class IDPruner(SelectReducer):
         Weight of the importance, in [0, 1].
     parallel : int
         Picks a step; they do not see each other.
-    layer : int
+    layer : int or float
         Block of the vision tower.
     scorer : callable, optional
         ``scorer(ctx) -> (I, N)`` scores of any scale.
@@ -46,15 +47,14 @@ class IDPruner(SelectReducer):
 
     lam: float = 0.5
     parallel: int = 1
-    layer: int = -2
+    layer: int | float = -2
     scorer: Callable[[VisualContext], Tensor] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.lam <= 1:
-            raise ValueError(f"lam={self.lam} is outside of [0, 1]: 1 is importance alone, 0 diversity alone.")
-        if self.parallel < 1:
-            raise ValueError(f"parallel={self.parallel} is no number of picks a step: give at least 1.")
+        check_number("lam", self.lam, 0, 1)
+        check_count("parallel", self.parallel)
+        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return () if self.scorer else (EncoderRead("best", self.layer),)

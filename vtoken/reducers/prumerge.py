@@ -14,6 +14,7 @@ from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.ops.common import index_mask
 from vtoken.reducers.base import KeepReducer, check_features, check_scores, with_newlines
+from vtoken.reducers.checks import check_block, check_count, check_flag
 from vtoken.registry import register
 
 
@@ -36,7 +37,7 @@ class PruMerge(KeepReducer):
         Let the number of outliers decide how many tokens stay.
     neighbours : int
         Tokens that each kept one gathers.
-    layer : int
+    layer : int or float
         Block of the vision tower.
 
     Raises
@@ -53,12 +54,14 @@ class PruMerge(KeepReducer):
     plus: bool = False
     adaptive: bool = False
     neighbours: int = 32
-    layer: int = -1
+    layer: int | float = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.neighbours < 0:
-            raise ValueError(f"neighbours={self.neighbours}: give at least 0.")
+        check_flag("plus", self.plus)
+        check_flag("adaptive", self.adaptive)
+        check_count("neighbours", self.neighbours, least=0)
+        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return EncoderRead("best", self.layer), EncoderRead("keys", self.layer)

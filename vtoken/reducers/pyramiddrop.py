@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vtoken.context import VisualContext
-from vtoken.reducers.base import LayerReducer, check_place, layer_at
+from vtoken.reducers.base import LayerReducer
+from vtoken.reducers.checks import layer_at, places
 from vtoken.registry import register
 
 
@@ -40,11 +41,7 @@ class PyramidDrop(LayerReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "at", tuple(self.at))
-        if not self.at:
-            raise ValueError("at=() names no decoder layer: give at least one.")
-        for place in self.at:
-            check_place("at", place)
+        object.__setattr__(self, "at", places("at", self.at))
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return tuple(sorted({layer_at(place, depth) for place in self.at}))

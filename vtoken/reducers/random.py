@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtoken.context import VisualContext
 from vtoken.reducers.base import ScoreReducer
+from vtoken.reducers.checks import check_count
 from vtoken.registry import register
 
 
@@ -38,8 +39,7 @@ class Random(ScoreReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r} is no seed: give an int of at least 0.")
+        check_count("seed", self.seed, least=0)
 
     def score(self, ctx: VisualContext) -> Tensor:
         """Random numbers (I, N)."""

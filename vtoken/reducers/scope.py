@@ -11,6 +11,7 @@ from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import coverage
 from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.checks import check_block, check_choice, check_number
 from vtoken.reducers.views import Views
 from vtoken.registry import register
 
@@ -31,7 +32,7 @@ class SCOPE(SelectReducer):
         Exponent of the attention.
     combine : str
         ``"multiply"``: gain * attention ** alpha; ``"add"``: their sum.
-    layer : int
+    layer : int or float
         Block of the vision tower.
 
     Raises
@@ -46,14 +47,13 @@ class SCOPE(SelectReducer):
 
     alpha: float = 1.0
     combine: str = "multiply"
-    layer: int = -2
+    layer: int | float = -2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.combine not in COMBINE:
-            raise ValueError(f"combine={self.combine!r}: choose one of {list(COMBINE)}.")
-        if not self.alpha >= 0:
-            raise ValueError(f"alpha={self.alpha}: give at least 0.")
+        check_number("alpha", self.alpha, 0)
+        check_choice("combine", self.combine, COMBINE)
+        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return (EncoderRead("best", self.layer),)

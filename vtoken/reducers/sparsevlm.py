@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vtoken.context import Attention, Cut, VisualContext
 from vtoken.ops import cluster_merge, density_peaks, top_k
-from vtoken.reducers.base import KeepReducer, check_features, check_place, check_scores, layer_at, stage_budget
+from vtoken.reducers.base import KeepReducer, check_features, check_scores, stage_budget
+from vtoken.reducers.checks import check_count, check_flag, layer_at, places
 from vtoken.reducers.rows import mean_over_rows, question_rows, rows_at
 from vtoken.registry import register
 from vtoken.sequence import gather
@@ -52,13 +53,10 @@ class SparseVLM(KeepReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "at", tuple(self.at))
-        if not self.at:
-            raise ValueError("at=() names no decoder layer: give at least one.")
-        for place in self.at:
-            check_place("at", place)
-        if self.heads is not None and self.heads < 1:
-            raise ValueError(f"heads={self.heads}: give at least 1, or null for all.")
+        object.__setattr__(self, "at", places("at", self.at))
+        check_flag("recycle", self.recycle)
+        if self.heads is not None:
+            check_count("heads", self.heads)
 
     def _cuts(self, depth: int) -> tuple[int, ...]:
         return tuple(sorted({min(layer_at(place, depth), depth - 2) + 1 for place in self.at})) if depth > 1 else ()

@@ -11,6 +11,7 @@ from vtoken.context import Cut, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import k_center, max_sum
 from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.checks import check_block, check_choice, check_number
 from vtoken.reducers.rows import leave, rows_at, text_to_visual
 from vtoken.reducers.views import thumbnail
 from vtoken.registry import register
@@ -35,7 +36,7 @@ class ToDRE(SelectReducer):
         to the nearest pick (version 1).
     tau : float or None
         Threshold of stage 2; None leaves stage 2 out.
-    layer : int
+    layer : int or float
         Block of the vision tower whose attention gives the first pick.
 
     Raises
@@ -49,14 +50,14 @@ class ToDRE(SelectReducer):
 
     variant: str = "max_sum"
     tau: float | None = 0.10
-    layer: int = -1
+    layer: int | float = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant={self.variant!r}: choose one of {list(VARIANTS)}.")
-        if self.tau is not None and not 0 <= self.tau <= 1:
-            raise ValueError(f"tau={self.tau} is outside of [0, 1]: give a share of attention, or null for no exit.")
+        check_choice("variant", self.variant, VARIANTS)
+        if self.tau is not None:
+            check_number("tau", self.tau, 0, 1)
+        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return (EncoderRead("best", self.layer),)

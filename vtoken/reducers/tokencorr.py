@@ -15,6 +15,7 @@ from vtoken.ops import top_k
 from vtoken.ops.common import index_mask, unit_vectors
 from vtoken.ops.greedy import CHUNK
 from vtoken.reducers.base import Assignment, MergeReducer, check_scores
+from vtoken.reducers.checks import check_block, check_count, check_number
 from vtoken.reducers.prumerge import outliers
 from vtoken.reducers.views import Views
 from vtoken.reducers.visionzip import join
@@ -40,7 +41,7 @@ class TokenCorr(MergeReducer):
         A patch is redundant if more than this share of its view is like it.
     shallow : int or float
         Block of the vision tower to sample from: its index, or a share of its depth.
-    layer : int
+    layer : int or float
         Deep block, and that of the keys.
     seed : int
         Of the sampling.
@@ -57,15 +58,16 @@ class TokenCorr(MergeReducer):
     similarity: float = 0.8
     limit: float = 0.05
     shallow: int | float = 0.34
-    layer: int = -2
+    layer: int | float = -2
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not -1 <= self.similarity <= 1 or not 0 <= self.limit <= 1:
-            raise ValueError(
-                f"similarity={self.similarity}, limit={self.limit}: give a cosine in [-1, 1] and a share in [0, 1]."
-            )
+        check_number("similarity", self.similarity, -1, 1)
+        check_number("limit", self.limit, 0, 1)
+        check_block("shallow", self.shallow)
+        check_block("layer", self.layer)
+        check_count("seed", self.seed, least=0)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return tuple(

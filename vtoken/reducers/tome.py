@@ -10,6 +10,7 @@ from torch import Tensor
 from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.reducers.base import Assignment, MergeReducer
+from vtoken.reducers.checks import check_block, check_count
 from vtoken.reducers.rounds import merge_views
 from vtoken.registry import register
 
@@ -27,7 +28,7 @@ class ToMe(MergeReducer):
     ----------
     rounds : int
         Merging rounds; more are added where a round would merge over half of the tokens.
-    layer : int
+    layer : int or float
         Block of the vision tower whose keys, mean over heads, are compared.
 
     Raises
@@ -40,12 +41,12 @@ class ToMe(MergeReducer):
     paper = "2210.09461"
 
     rounds: int = 8
-    layer: int = -2
+    layer: int | float = -2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds}: give at least 1.")
+        check_count("rounds", self.rounds)
+        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return (EncoderRead("keys", self.layer),)

@@ -13,6 +13,7 @@ from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import merge_rows, top_k
 from vtoken.reducers.base import Assignment, MergeReducer, check_scores
+from vtoken.reducers.checks import check_block, check_flag, check_number
 from vtoken.registry import register
 
 
@@ -29,7 +30,7 @@ class VisionZip(MergeReducer):
     ----------
     contextual : float
         Share of the budget for the merged tokens; 10 of the authors' 64.
-    layer : int
+    layer : int or float
         Block of the vision tower that gives attention and keys.
     compat : bool
         Add the mean to the target as the authors' code does.
@@ -45,13 +46,14 @@ class VisionZip(MergeReducer):
     positions = "compact"
 
     contextual: float = 10 / 64
-    layer: int = -2
+    layer: int | float = -2
     compat: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.contextual <= 1:
-            raise ValueError(f"contextual={self.contextual} is outside of [0, 1]: give a share of the budget.")
+        check_number("contextual", self.contextual, 0, 1)
+        check_block("layer", self.layer)
+        check_flag("compat", self.compat)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return EncoderRead("best", self.layer), EncoderRead("keys", self.layer)

@@ -13,6 +13,7 @@ from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.ops.common import unit_vectors
 from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.checks import check_block, check_number
 from vtoken.reducers.views import Views
 from vtoken.registry import register
 
@@ -32,7 +33,7 @@ class VisPruner(SelectReducer):
     ----------
     important : float
         Share of the budget that goes by attention.
-    layer : int
+    layer : int or float
         Block of the vision tower.
 
     Raises
@@ -46,12 +47,12 @@ class VisPruner(SelectReducer):
     positions = "compact"
 
     important: float = 0.5
-    layer: int = -2
+    layer: int | float = -2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.important <= 1:
-            raise ValueError(f"important={self.important} is outside of [0, 1]: give a share of the budget.")
+        check_number("important", self.important, 0, 1)
+        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return (EncoderRead("best", self.layer),)
@@ -98,7 +99,7 @@ def thin(features: Tensor, order: Tensor, target: Tensor, valid: Tensor) -> Tens
 def _round(unit: Tensor, order: Tensor, target: Tensor) -> Tensor:
     count = (order >= 0).sum(1)
     remove = (count - target).clamp(max=STEP)
-    remove = torch.minimum(remove, count // 2)
+    remove = torch.minimum(remove, (count + 1) // 2)
     even, odd = order[:, 0::2], order[:, 1::2]
     states = unit.gather(1, order.clamp(min=0)[..., None].expand(-1, -1, unit.shape[2]))
     similar = (states[:, 0::2] @ states[:, 1::2].mT).masked_fill((odd < 0)[:, None], float("-inf")).amax(2)

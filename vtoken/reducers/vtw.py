@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vtoken.context import Cut, VisualContext
-from vtoken.reducers.base import Reducer, check_place, layer_at
+from vtoken.reducers.base import Reducer
+from vtoken.reducers.checks import check_place, layer_at
 from vtoken.registry import register
 
 

@@ -15,6 +15,7 @@ from vtoken.context import VisualContext
 from vtoken.ops import sads
 from vtoken.ops.greedy import scaled
 from vtoken.reducers.base import SelectReducer
+from vtoken.reducers.checks import check_count, check_number
 from vtoken.reducers.views import Views
 from vtoken.registry import register
 
@@ -60,10 +61,9 @@ class ZOOPrune(SelectReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.directions < 1:
-            raise ValueError(f"directions={self.directions}: give at least 1.")
-        if not self.step > 0:
-            raise ValueError(f"step={self.step}: give a positive length.")
+        check_count("directions", self.directions)
+        check_number("step", self.step, 0, above=True)
+        check_count("seed", self.seed, least=0)
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K) of each view's most sensitive, most diverse tokens."""

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""InternVL's chat models with remote code, recognised by their methods; nothing is imported.
+
+They build ``inputs_embeds`` from ``extract_feature`` and call ``language_model.generate``. Their vision tower does not
+dispatch its attention, so its fused projection is read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.adapters.base import Adapter, equal_views, square_side
+from vtoken.adapters.internvl import join_tiles, tile_shares
+from vtoken.attention import Reader, tap_fused
+from vtoken.context import ItemLayout
+from vtoken.tower import VisionRecord
+
+if TYPE_CHECKING:
+    from vtoken.session import Session
+
+
+class InternVLChatAdapter(Adapter):
+    """``InternVLChatModel``."""
+
+    leading_tokens = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.generator = model, model.language_model
+        self.outer = None
+        self.language_model = model.language_model.model
+        self.layers = self.language_model.layers
+
+    @staticmethod
+    def serves(model: nn.Module) -> bool:
+        """Whether the model has the methods of the family."""
+        return hasattr(model, "extract_feature") and hasattr(model, "language_model")
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.model.vision_model
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.mlp1
+
+    def tap_tower(self, layer: int, reader: Reader) -> AbstractContextManager[None]:
+        return tap_fused(self.vision_attention(layer), reader)
+
+    def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        values = torch.cat(parts).float()
+        side = square_side(values.shape[1])
+        shuffled = self.model.pixel_shuffle(  # type: ignore[operator]
+            values.unflatten(1, (side, side)), self.model.downsample_ratio
+        )
+        return shuffled.flatten(0, 2).unflatten(1, (-1, values.shape[2])).mean(1)
+
+    def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        return torch.cat(parts).flatten(0, 1)
+
+    def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
+        return [equal_views(1, square_side(length), square_side(length)) for length in lengths]
+
+    def shares(self, layout: ItemLayout, size: tuple[int, int] | None) -> Tensor:
+        return tile_shares(layout, size)
+
+    def regroup(self, record: VisionRecord, here: Tensor) -> VisionRecord:
+        return join_tiles(record, here, square_side(record.lengths[0]))
+
+    def install(self, session: Session) -> None:
+        prompt: list[Tensor | None] = [None]
+
+        def note(original: Callable) -> Callable:
+            def run(pixel_values: Any = None, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+                prompt[0] = None if pixel_values is None else input_ids
+                try:
+                    return original(pixel_values, input_ids, *args, **kwargs)
+                finally:
+                    prompt[0] = None
+
+            return run
+
+        def encode(original: Callable) -> Callable:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                output, record = session.reader(original, "image", *args, **kwargs)
+                if prompt[0] is not None:
+                    session.announce((prompt[0] == self.model.img_context_token_id).long(), record)
+                return output
+
+            return functools.wraps(original)(run)
+
+        session.wrap_method(self.model, "generate", note)
+        session.wrap_method(self.model, "forward", note)
+        session.wrap_method(self.model, "extract_feature", encode)

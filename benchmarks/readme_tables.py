@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the tables of README.md from committed results and from the registry.
+
+What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated:
+
+- ``reducers``, ``families``: from the registry and the adapters;
+- ``mini``: ``benchmarks/results/mini_llava.json``, what the embedded model can do;
+- ``NAME``: ``benchmarks/results/NAME.json``, a ``results.json`` of ``vtoken compare``;
+- ``NAME/kinds``, ``NAME/note``: the same file, accuracy by kind of question, and how it was made.
+
+    python benchmarks/readme_tables.py            rewrite README.md
+    python benchmarks/readme_tables.py --check    exit with 1 if it is stale
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from vtoken.adapters import families as known_families
+from vtoken.cli.catalogue import describe
+from vtoken.eval.render import COLUMNS, cells_of
+from vtoken.eval.summary import Row, row_from
+from vtoken.registry import list_reducers, reducer_class
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- table:(?P<name>[\w./-]+) -->\n?).*?(<!-- /table -->)", re.S)
+SIGNIFICANT = 0.05
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table; all but the first columns are right-aligned."""
+    marks = ["---"] * text_columns + ["---:"] * (len(columns) - text_columns)
+    lines = [columns, marks, *rows]
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+
+
+def catalogue() -> str:
+    """The reducers, with links to their papers."""
+    rows = []
+    for name in list_reducers():
+        _, stages, needs, paper, summary = describe(reducer_class(name))
+        link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "control"
+        rows.append((f"`{name}`", summary, stages, needs, link))
+    return markdown(("reducer", "what it does", "acts", "needs", "paper"), rows, text_columns=5)
+
+
+def families() -> str:
+    """The adapters and the model types they serve."""
+    adapters: dict[type, list[str]] = {}
+    for model_type, adapter in known_families().items():
+        adapters.setdefault(adapter, []).append(f"`{model_type}`")
+    rows = [(", ".join(types), _first_line(adapter)) for adapter, types in adapters.items()]
+    return markdown(("`config.model_type`", "what it is"), rows, text_columns=2)
+
+
+def _first_line(adapter: type) -> str:
+    text = adapter.__dict__.get("__doc__") or sys.modules[adapter.__module__].__doc__ or ""
+    return text.strip().splitlines()[0]
+
+
+def mini(results: Path) -> str:
+    """Accuracy of the embedded model under each condition, in percent."""
+    conditions = json.loads((results / "mini_llava.json").read_text())["conditions"]
+    names = list(next(iter(conditions.values()))["by_kind"])
+    rows = [
+        [name, f"**{100 * found['accuracy']:.1f}**", *(f"{100 * found['by_kind'][kind]:.0f}" for kind in names)]
+        for name, found in conditions.items()
+    ]
+    return markdown(["", "all", *names], rows)
+
+
+def comparison(rows: Sequence[Row]) -> str:
+    """The columns of ``vtoken compare``; a star marks what differs from unpruned beyond chance."""
+    lines = []
+    for row in rows:
+        cells = dict(zip(COLUMNS, (cell.strip() for cell in cells_of(row)), strict=True))
+        if row.versus_unpruned and row.versus_unpruned.p_value < SIGNIFICANT:
+            cells["vs unpruned"] += "*"
+        lines.append(list(cells.values()))
+    return markdown(list(COLUMNS), lines)
+
+
+def note(data: dict) -> str:
+    """Questions, versions and machine of a comparison."""
+    made, questions = data["made_with"], max(row["documents"] for row in data["rows"])
+    machine = made["gpu"] or f"{made['threads']} CPU threads"
+    return f"{questions} questions, {machine}, torch {made['torch']}, transformers {made['transformers']}"
+
+
+def kinds(rows: Sequence[Row]) -> str:
+    """Accuracy by kind of question, in percent."""
+    names = list(rows[0].kinds or {})
+    lines = [[*cells_of(row)[:2], *(f"{100 * (row.kinds or {})[name]:.0f}" for name in names)] for row in rows]
+    return markdown(["reducer", "keep", *names], lines)
+
+
+def table(name: str, results: Path) -> str:
+    """The generated text of one block."""
+    if name == "reducers":
+        return catalogue()
+    if name == "families":
+        return families()
+    file, _, part = name.partition("/")
+    path = results / ("mini_llava.json" if name == "mini" else f"{file}.json")
+    if part not in ("", "kinds", "note") or not path.is_file():
+        raise SystemExit(f"README.md asks for table:{name}, but there is no {path} for it.")
+    if name == "mini":
+        return mini(results)
+    data = json.loads(path.read_text())
+    if part == "note":
+        return note(data)
+    rows = [row_from(row) for row in data["rows"]]
+    return kinds(rows) if part == "kinds" else comparison(rows)
+
+
+def fill(text: str, results: Path) -> str:
+    """README with every block rewritten."""
+    if text.count("<!-- table:") != len(BLOCK.findall(text)):
+        raise SystemExit("README.md has a table that is not closed by <!-- /table -->.")
+    return BLOCK.sub(lambda block: block[1] + table(block["name"], results) + block[3], text)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Command line of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if README.md is stale")
+    check = parser.parse_args(arguments).check
+    readme = root / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = fill(old, root / "benchmarks" / "results")
+    if check and new != old:
+        sys.stderr.write("README.md is stale: run python benchmarks/readme_tables.py.\n")
+        return 1
+    if not check:
+        readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vtoken compare``: one table, three files, and no work done twice."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+import vtoken
+from vtoken.cli import app
+from vtoken.eval.runner import Runner
+
+TINY = ["--limit", "8", "--batch-size", "4", "-k", "0.25"]
+
+
+@pytest.fixture
+def compare(checkpoint, private_cache, tmp_path):
+    """``compare("-r", "random")``: on the tiny checkpoint, into one folder."""
+
+    def run(*arguments, model=checkpoint):
+        command = ["compare", "-m", str(model), "--out", str(tmp_path / "out"), *TINY, *arguments]
+        return CliRunner().invoke(app, command)
+
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """From here on, touching a model is an error."""
+
+    def forbidden(self, cell):
+        raise AssertionError("a model was loaded")
+
+    return lambda: monkeypatch.setattr(Runner, "model", forbidden)
+
+
+def test_ends_in_a_table_and_writes_files(compare, tmp_path):
+    done = compare("-r", "random,{reducer: fopru, strategy: row}")
+    assert done.exit_code == 0, done.output
+    for text in ("unpruned", "random", "fopru (row)", "36.0", "144.0", "1.00x", "8 questions", "KiB"):
+        assert text in done.stdout
+    assert "2/3 random keep 0.25 on mini" in done.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"cells", "report.html", "results.json", "results.csv"}
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["reducer"] for row in rows] == ["unpruned", "random", "fopru (row)"]
+    assert all(len(row["kinds"]) == 8 and row["prefill_ms"] > 0 for row in rows)
+
+
+def test_again_recomputes_nothing(compare, no_model):
+    first = compare("-r", "random")
+    no_model()
+    again = compare("-r", "random")
+    assert again.exit_code == 0
+    assert "2 of 2 cells are there already; --fresh starts over" in again.stderr
+    assert again.stdout == first.stdout
+
+
+def test_more_reducers_add_only_what_is_new(compare):
+    compare("-r", "random")
+    more = compare("-r", "random,uniform", "-k", "0.25,0.5")
+    assert "2 of 5 cells are there already" in more.stderr
+    assert "3/3" in more.stderr
+
+
+def test_fresh_starts_over_but_keeps_other_cells(compare, tmp_path):
+    compare("-r", "random,uniform")
+    cells = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").glob("*/result.json")}
+    done = compare("-r", "random", "--fresh")
+    assert "already" not in done.stderr
+    assert "2/2" in done.stderr
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 3
+    assert len(cells) == 1 or done.exit_code == 0
+
+
+def test_a_failing_cell_is_marked_and_fails_the_command(compare, monkeypatch):
+    def crash(self, ctx, budget):
+        raise RuntimeError("shapes [1, 2] do not match")
+
+    monkeypatch.setattr(vtoken.Uniform, "select", crash)
+    done = compare("-r", "random,uniform")
+    assert done.exit_code == 1
+    assert "uniform 0.25 on mini failed: shapes [1, 2] do not match\n" in done.stdout
+    assert re.search(r"uniform +0.25 +failed", done.stdout)
+    assert re.search(r"random +0.25 +0\.0", done.stdout)
+    monkeypatch.undo()
+
+
+def test_several_tasks_are_told_apart(compare):
+    done = compare("-r", "random", "-t", "mini_color,mini_digit", "--limit", "4")
+    assert done.exit_code == 0
+    assert re.search(r"mini_color +random", done.stdout)
+    assert re.search(r"mini_digit +random", done.stdout)
+
+
+def test_a_preset_file_and_a_token_count(compare, tmp_path):
+    (tmp_path / "mine.yaml").write_text("reducer: todre\nvariant: k_center\n")
+    done = compare("-r", str(tmp_path / "mine.yaml"), "-k", "16")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"todre \(k_center\) +16 .* 16\.0", done.stdout)
+
+
+def test_quick_asks_few_questions(checkpoint, private_cache, tmp_path):
+    command = ["compare", "--quick", "-m", str(checkpoint), "--out", str(tmp_path), "--limit", "8"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["reducer"] for row in rows] == ["unpruned", "random", "fopru", "todre", "idpruner"]

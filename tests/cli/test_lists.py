@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vtoken list`` and ``vtoken tasks``."""
+
+import pytest
+from typer.testing import CliRunner
+
+import vtoken
+from vtoken.cli import app, catalogue, tasks
+from vtoken.eval.tasks import bundled_tasks
+
+
+def test_lists_every_reducer():
+    done = CliRunner().invoke(app, ["list"])
+    assert done.exit_code == 0
+    assert all(name in done.stdout for name in vtoken.list_reducers())
+    assert "llava_next" in done.stdout
+
+
+def test_lists_by_pattern():
+    done = CliRunner().invoke(app, ["list", "*pru*"])
+    assert "idpruner" in done.stdout
+    assert "random" not in done.stdout
+
+
+@pytest.mark.parametrize("name", vtoken.list_reducers())
+def test_every_reducer_describes_itself(name):
+    _, stages, _, paper, summary = catalogue.describe(vtoken.registry.reducer_class(name))
+    assert stages
+    assert summary.endswith(".")
+    assert paper == "" or paper[4] == "."
+
+
+def test_lists_every_bundled_task():
+    assert set(tasks.NOTES) == set(bundled_tasks())
+    done = CliRunner().invoke(app, ["tasks"])
+    assert done.exit_code == 0
+    assert all(name in done.stdout for name in tasks.NOTES)
+
+
+def test_lists_the_tasks_of_lmms_eval():
+    done = CliRunner().invoke(app, ["tasks", "--all"])
+    assert done.exit_code == 0
+    assert "textvqa_val_lite" in done.stdout.split()

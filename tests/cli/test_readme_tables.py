@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of README.md come from committed results."""
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import vtoken
+from vtoken.eval.statistics import Estimate, Paired
+from vtoken.eval.summary import Row
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "readme_tables.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("readme_tables", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A README with all kinds of tables and one committed result."""
+    common = {"cell": "x", "model": "m", "task": "mini", "documents": 320, "kinds": {"color": 0.9, "digit": 0.8}}
+    rows = [
+        Row(**common, reducer="unpruned", keep=None, accuracy=Estimate(0.9, 0.85, 0.93), retained=1.0),
+        Row(
+            **common,
+            reducer="fopru | row",
+            keep=0.25,
+            accuracy=Estimate(0.8, 0.75, 0.85),
+            versus_unpruned=Paired(Estimate(-0.1, -0.15, -0.05), 0.0004, 40, 8),
+            retained=0.889,
+            visual_kept=36.0,
+            visual_per_layer=30.0,
+            speedup=1.8,
+        ),
+    ]
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    made = {"gpu": None, "threads": 2, "torch": "2.15", "transformers": "5.23"}
+    (results / "compare.json").write_text(json.dumps({"rows": [asdict(row) for row in rows], "made_with": made}))
+    blind = {"accuracy": 0.3, "by_kind": {"color": 0.2, "digit": 0.1}}
+    (results / "mini_llava.json").write_text(json.dumps({"conditions": {"blind": blind}}))
+    names = ("compare", "compare/kinds", "reducers", "families", "mini")
+    blocks = "".join(f"<!-- table:{name} -->\nold\n<!-- /table -->\n" for name in names)
+    blocks += "(<!-- table:compare/note -->old<!-- /table -->)\n"
+    (tmp_path / "README.md").write_text("# Title\n" + blocks + "The end.\n")
+    return tmp_path
+
+
+def test_writes_all_tables_and_nothing_else(script, project):
+    assert script.main([], project) == 0
+    text = (project / "README.md").read_text()
+    assert text.startswith("# Title\n")
+    assert text.endswith("The end.\n")
+    assert "old" not in text
+    assert r"| fopru \| row | 0.25 | 80.0 [75.0, 85.0] | -10.0* | <0.001 | 88.9 % | 36.0 (30.0) |" in text
+    assert "| unpruned |  | 90 | 80 |" in text
+    assert "| blind | **30.0** | 20 | 10 |" in text
+    assert "| `llava`, `vipllava` |" in text
+    assert (
+        "(<!-- table:compare/note -->320 questions, 2 CPU threads, torch 2.15, transformers 5.23<!-- /table -->)"
+        in text
+    )
+    assert all(f"| `{name}` |" in text for name in vtoken.list_reducers())
+
+
+def test_check_tells_fresh_from_stale(script, project, capsys):
+    assert script.main(["--check"], project) == 1
+    assert "stale" in capsys.readouterr().err
+    assert "old" in (project / "README.md").read_text()
+    script.main([], project)
+    assert script.main(["--check"], project) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("<!-- table:nowhere -->\n<!-- /table -->", "nowhere"), ("<!-- table:reducers -->\n", "not closed")],
+)
+def test_impossible_tables(script, project, text, sentence):
+    (project / "README.md").write_text(text)
+    with pytest.raises(SystemExit, match=sentence):
+        script.main([], project)
+
+
+def test_the_readme_of_this_project_is_fresh(script):
+    if not (script.ROOT / "benchmarks" / "results" / "compare.json").is_file():
+        pytest.skip("nothing measured yet")
+    assert script.main(["--check"]) == 0

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows, and the files a comparison leaves behind: complete, self-contained, escaped."""
+
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+
+from vtoken.eval.plot import pareto_html
+from vtoken.eval.render import COLUMNS, bytes_text, cells_of, failures
+from vtoken.eval.report import render_html, write_reports
+from vtoken.eval.statistics import Estimate
+from vtoken.eval.store import Store
+from vtoken.eval.summary import Row, as_csv, row_from, summarize
+
+KINDS = ("color", "digit")
+
+
+@pytest.fixture
+def finished(tmp_path, make_cell):
+    """Cells with made-up answers: unpruned right on 80 %, the others on less."""
+    store, rng = Store(tmp_path), np.random.default_rng(0)
+    cells = [make_cell(), make_cell("random", keep=0.25), make_cell("fopru", keep=0.25)]
+    for cell, rate in zip(cells, (0.8, 0.4, 0.7), strict=True):
+        tokens = {"visual_tokens": 144, "visual_kept": 144 if cell.reducer is None else 36, "visual_per_layer": 36.0}
+        samples = [
+            {"doc_id": i, "kind": KINDS[i % 2], "cluster": str(i // 4), "answer": "x", "tokens": tokens}
+            | {"score": float(rng.uniform() < rate)}
+            for i in range(200)
+        ]
+        store.save(cell.id, {"id": cell.id}, samples)
+        store.save_profile(cell.id, {"prefill_ms": 12.5, "speedup": 2.0, "kv_bytes": 150_000.0})
+    return cells, store
+
+
+def test_rows_hold_accuracy_difference_and_cost(finished):
+    unpruned, random, fopru = summarize(*finished)
+    assert unpruned.versus_unpruned is None
+    assert unpruned.retained == 1.0
+    assert random.versus_unpruned.p_value < 0.001
+    assert random.versus_unpruned.difference.value == pytest.approx(random.accuracy.value - unpruned.accuracy.value)
+    assert random.retained == pytest.approx(random.accuracy.value / unpruned.accuracy.value)
+    assert (fopru.visual_tokens, fopru.visual_kept, fopru.speedup) == (144, 36, 2.0)
+    assert set(fopru.kinds) == set(KINDS)
+    assert np.mean(list(fopru.kinds.values())) == pytest.approx(fopru.accuracy.value)
+
+
+def test_cells_without_a_result_have_no_row(finished, make_cell):
+    cells, store = finished
+    assert len(summarize([*cells, make_cell("uniform", keep=0.5)], store)) == 3
+
+
+def test_runs_on_other_documents_are_not_compared(finished):
+    cells, store = finished
+    store.save(cells[1].id, {}, store.samples(cells[1].id)[:-1])
+    with pytest.raises(ValueError, match="different documents"):
+        summarize(cells, store)
+
+
+def test_columns_read_well(finished):
+    text = dict(zip(COLUMNS, cells_of(summarize(*finished)[1]), strict=True))
+    assert text["reducer"] == "random"
+    assert re.fullmatch(r" ?\d+\.\d \[\d+\.\d, \d+\.\d\]", text["accuracy % [95 % CI]"])
+    assert re.fullmatch(r"[+-]\d+\.\d", text["vs unpruned"])
+    assert (text["p"], text["tokens"], text["speed-up"], text["KV"]) == ("<0.001", "36.0", "2.00x", "146 KiB")
+
+
+def test_failed_cells_show_why():
+    row = Row("id", "m", "t", "todre", 0.5, error="shapes do not match\nsecond line")
+    assert cells_of(row)[:3] == ["todre", "0.5", "failed"]
+    assert failures([row]) == ["todre 0.5 on t failed: shapes do not match"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(12, "12 B"), (2048, "2.0 KiB"), (300 * 1024, "300 KiB"), (5 * 1024**3, "5.00 GiB")]
+)
+def test_bytes(number, text):
+    assert bytes_text(number) == text
+
+
+def test_files_are_complete(finished):
+    cells, store = finished
+    files = write_reports(summarize(cells, store), store.root, {"limit": 200})
+    assert [file.name for file in files] == ["report.html", "results.json", "results.csv"]
+    data = json.loads(files[1].read_text())
+    assert [row_from(row) for row in data["rows"]] == summarize(cells, store)
+    assert (data["settings"], len(data["rows"])) == ({"limit": 200}, 3)
+    assert data["rows"][2]["kinds"].keys() == set(KINDS)
+    table = list(csv.DictReader(io.StringIO(files[2].read_text())))
+    assert len(table) == 3
+    assert {"accuracy", "accuracy_low", "difference", "p_value", "kind_color", "kv_bytes"} <= set(table[0])
+
+
+def test_the_page_needs_no_network(finished):
+    page = render_html(summarize(*finished), {})
+    outside = re.sub(r"<script\b.*?</script>", "", page, flags=re.S)
+    assert not re.search(r"(src|href)\s*=", outside)
+    assert "Plotly.newPlot" in page
+    assert len(page) > 1_000_000  # plotly's script is inside
+
+
+EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+
+
+def test_everything_from_data_is_escaped():
+    row = Row("id", EVIL, EVIL, EVIL, 0.5, 8, Estimate(0.5, 0.4, 0.6), None, 1.0, 144, 36, 36, {EVIL: 0.5})
+    failed = Row("id", EVIL, EVIL, "x", 0.5, error=EVIL)
+    page = render_html([row, failed], {EVIL: EVIL})
+    assert "<img src=x" not in page
+    assert "<script>alert(2)" not in page
+    assert "<img" not in pareto_html([row], script=False)
+
+
+def test_failed_rows_do_not_break_the_plot():
+    assert "Plotly.newPlot" in pareto_html([Row("id", "m", "t", "x", 0.5, error="boom")], script=False)
+
+
+def test_csv_of_failed_rows():
+    assert "boom" in as_csv([Row("id", "m", "t", "x", 0.5, error="boom")])

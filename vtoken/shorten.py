@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hook-free route: a shorter prompt for the stock model, by transformers' public interface only.
+
+The pictures are encoded, feature rows *and* their placeholders are dropped, and the original position ids are passed.
+Nothing is attached to the model, so any cache, compile mode or runtime works. In return the caller sees a shorter
+prompt, and nothing can be dropped inside of the decoder.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.adapters import Adapter, adapter_for
+from vtoken.adapters.base import MODALITIES
+from vtoken.context import Cut, VisualContext
+from vtoken.encode import encode, real_tokens
+from vtoken.reducers.base import Reducer
+from vtoken.registry import get_reducer
+from vtoken.sequence import compact, gather
+from vtoken.session import Session
+from vtoken.tower import ITEM
+from vtoken.wrapping import session_of
+
+TYPES = ("mm_token_type_ids", "token_type_ids")
+
+
+@torch.no_grad()
+def shorten(
+    model: nn.Module, inputs: Mapping[str, Any], reducer: str | Mapping[str, Any] | Path | Reducer, **params: Any
+) -> dict[str, Any]:
+    """Encode a prompt and drop visual tokens from it, without touching the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An unwrapped model that `vtoken.adapters` knows.
+    inputs : mapping
+        What the model's processor returned.
+    reducer : str, mapping, Path or Reducer
+        One that acts before the language model; see `vtoken.get_reducer`.
+    **params
+        Parameters of the reducer, such as ``keep=0.25``.
+
+    Returns
+    -------
+    dict
+        Arguments for ``model.generate`` or ``model.forward``: shorter ``input_ids`` and ``attention_mask`` (B, n), the
+        original ``position_ids`` of the kept tokens and ``mm_encoder_outputs``.
+
+    Raises
+    ------
+    ValueError
+        If the model is wrapped, or the reducer acts inside of the language model.
+    NotImplementedError
+        If the model does not accept encoded pictures.
+    """
+    adapter, built = adapter_for(model), get_reducer(reducer, **params)
+    _check(model, adapter, built)
+    session = Session(adapter, built, "keep", "drop")
+    outputs, records = encode(adapter, session.reader, inputs)
+    ids = inputs["input_ids"]
+    kinds, embeds = adapter.modality(ids, None), model.get_input_embeddings()(ids).clone()  # type: ignore[operator]
+    for modality, output in outputs.items():
+        rows = _flat(output.pooler_output)
+        embeds[kinds == MODALITIES[modality]] = rows.to(embeds.dtype)
+    ctx = session.context(kinds, records, embeds, real_tokens(inputs))
+    cut = None if built.is_identity else built.before_llm(ctx)
+    keep = ctx.text | (ctx.visual if cut is None else ctx.per_token(cut.keep, False))
+    hidden = _rewritten(ctx, cut)
+    for modality, output in outputs.items():
+        here = kinds == MODALITIES[modality]
+        output = type(output)(**{name: value for name, value in output.items() if name != ITEM})
+        _cut_features(output, hidden[here], keep[here])
+        outputs[modality] = output
+    return {**_shorter(model, inputs, keep), "mm_encoder_outputs": outputs}
+
+
+def _check(model: nn.Module, adapter: Adapter, reducer: Reducer) -> None:
+    if session_of(model) is not None:
+        raise ValueError("The model is wrapped, its prompts are shortened already: call vtoken.unwrap(model) first.")
+    depth = len(adapter.layers)
+    if reducer.layers(depth) or reducer.taps(depth):
+        raise ValueError(
+            f"Reducer {reducer.name!r} acts inside of the language model, which a shorter prompt cannot express: "
+            "use vtoken.wrap, or a reducer that acts before the language model."
+        )
+    outer = adapter.outer
+    if outer is not None and "mm_encoder_outputs" not in inspect.signature(outer.forward).parameters:
+        raise NotImplementedError(
+            f"{type(model).__name__} accepts no encoded pictures (mm_encoder_outputs) in this transformers version: "
+            "use vtoken.wrap, or transformers >= 5.18."
+        )
+
+
+def _flat(features: Any) -> Tensor:
+    """All feature rows (T, D), whatever the container."""
+    parts = [features] if isinstance(features, Tensor) else features
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
+def _rewritten(ctx: VisualContext, cut: Cut | None) -> Tensor:
+    if cut is None or cut.features is None:
+        return ctx.hidden
+    stays = ctx.per_token(cut.keep, False)
+    return torch.where(stays[..., None], ctx.per_token(cut.features.to(ctx.hidden.dtype)), ctx.hidden)
+
+
+def _cut_features(output: Any, rows: Tensor, keep: Tensor) -> None:
+    """Replace the features of an encoder's output by the kept ``rows`` of (T, D)."""
+
+    def same_kind(old: Any, rows: Tensor) -> Any:
+        if isinstance(old, Tensor):
+            return rows[None] if old.dim() == 3 else rows
+        counts = keep.split([part.flatten(0, -2).shape[0] for part in old])
+        return list(rows.split([int(part.sum()) for part in counts]))
+
+    output.pooler_output = same_kind(output.pooler_output, rows[keep])
+    if (deepstack := getattr(output, "deepstack_features", None)) is not None:
+        output.deepstack_features = [same_kind(layer, _flat(layer)[keep]) for layer in deepstack]
+
+
+def _shorter(model: Any, inputs: Mapping[str, Any], keep: Tensor) -> dict[str, Tensor]:
+    """Token-wise inputs of the kept tokens (B, S), left padded."""
+    index, valid = compact(keep)
+    positions = inputs.get("position_ids")
+    if positions is None:
+        others = {name: value for name, value in inputs.items() if name != "input_ids"}
+        positions = model._prepare_position_ids_for_generation(inputs["input_ids"], others)
+    pad = model.generation_config.pad_token_id or 0
+    out = {
+        "input_ids": torch.where(valid, gather(inputs["input_ids"], index), pad),
+        "attention_mask": valid.long(),
+        "position_ids": gather(positions, index, dim=positions.dim() - 1, batch=positions.dim() - 2),
+    }
+    for name in TYPES:
+        if inputs.get(name) is not None:
+            out[name] = torch.where(valid, gather(inputs[name], index), 0)
+    return out
