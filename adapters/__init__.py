@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from vtoken.adapters.base import Adapter
 from vtoken.adapters.internvl import InternVLAdapter
@@ -41,7 +41,7 @@ def families() -> dict[str, type[Adapter]]:
     return {model_type: adapter for adapter in ADAPTERS for model_type in adapter.model_types}
 
 
-def adapter_for(model: nn.Module) -> Adapter:
+def adapter_for(model: Any) -> Adapter:
     """The adapter of a model, also inside a PEFT wrapper.
 
     Raises

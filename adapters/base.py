@@ -38,10 +38,13 @@ class Adapter:
     """Tokens of the tower before the first patch: 1 for [CLS]."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = self.generator = model
-        self.outer: nn.Module | None = model.model
-        self.language_model: nn.Module = getattr(self.outer, "language_model", None) or self.outer.text_model
-        self.layers: nn.ModuleList = self.language_model.layers
+        self.model: Any = model
+        self.generator: Any = model
+        outer: Any = model.model
+        self.outer: Any = outer
+        language: Any = getattr(outer, "language_model", None) or outer.text_model
+        self.language_model: Any = language
+        self.layers: Any = language.layers
         self.placeholders = {code: self._placeholder(name) for name, code in MODALITIES.items()}
 
     def _placeholder(self, modality: str) -> int | None:
@@ -51,7 +54,7 @@ class Adapter:
 
     def modality(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, S) long: 0 text, 1 image, 2 video."""
-        given = input_ids if input_ids is not None else inputs_embeds
+        given: Any = input_ids if input_ids is not None else inputs_embeds
         out = torch.zeros(given.shape[:2], dtype=torch.long, device=given.device)
         for code, token in self.placeholders.items():
             if token is None:
@@ -59,12 +62,12 @@ class Adapter:
             if input_ids is not None:
                 here = input_ids == token
             else:
-                row = self.model.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
-                here = (inputs_embeds == row).all(-1)
+                row = self.model.get_input_embeddings()(torch.tensor(token, device=given.device))
+                here = (given == row).all(-1)
             out = torch.where(here, code, out)
         return out
 
-    def attention(self, layer: nn.Module) -> nn.Module:
+    def attention(self, layer: Any) -> nn.Module:
         """The attention module of a decoder layer."""
         return layer.self_attn
 
@@ -76,7 +79,7 @@ class Adapter:
         """Further instance-level wraps (`Session.wrap_method`), undone by the session."""
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         """The vision encoder."""
         names = ("vision_tower", "visual", "vision_model")
         return next(getattr(self.outer, name) for name in names if hasattr(self.outer, name))
@@ -93,13 +96,23 @@ class Adapter:
         """The projector on one row per token, as `pack_projector_input` makes them: (T, C) to (T, D)."""
         return self.projector
 
-    def vision_attention(self, layer: int) -> nn.Module:
+    @property
+    def tower_blocks(self) -> nn.ModuleList:
+        """The blocks of the tower: the longest list of modules in it."""
+        return max((m for m in self.tower.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+    def tower_block(self, layer: int | float) -> int:
+        """Number of the block that an index, also a negative one, or a share of the depth (float) means."""
+        depth = len(self.tower_blocks)
+        number = int(layer * depth) if isinstance(layer, float) else layer
+        if not -depth <= number < depth:
+            raise ValueError(f"The vision tower has {depth} blocks, so layer {layer} does not exist.")
+        return number % depth
+
+    def vision_attention(self, layer: int | float) -> nn.Module:
         """The attention module of a block of the tower."""
-        blocks = max((m for m in self.tower.modules() if isinstance(m, nn.ModuleList)), key=len)
-        if not -len(blocks) <= layer < len(blocks):
-            raise ValueError(f"The vision tower has {len(blocks)} blocks, so layer {layer} does not exist.")
-        names = ("self_attn", "attn", "attention")
-        return next(getattr(blocks[layer], name) for name in names if hasattr(blocks[layer], name))
+        block = self.tower_blocks[self.tower_block(layer)]
+        return next(getattr(block, name) for name in ("self_attn", "attn", "attention") if hasattr(block, name))
 
     def tap_tower(self, layer: int, reader: Reader) -> AbstractContextManager[None]:
         """While open, ``reader`` sees the queries and keys of a block of the tower."""
@@ -146,9 +159,8 @@ class Adapter:
         """The layout of each item; by default one view whose grid is the most square one that fits."""
         return [single_view(*squarest_grid(length)) for length in lengths]
 
-
     def shares(self, layout: ItemLayout, size: tuple[int, int] | None) -> Tensor:
-        """(N, 4) part of the picture, of (height, width) ``size`` if known, that each token shows; see `ItemLayout.box`."""
+        """(N, 4) part of a picture of (height, width) ``size`` that each token shows; see `ItemLayout.box`."""
         if layout.box is not None:
             return layout.box
         rows, columns = torch.tensor(layout.grids)[layout.view.clamp(min=0)].unbind(1)

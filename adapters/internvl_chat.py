@@ -30,7 +30,7 @@ class InternVLChatAdapter(Adapter):
 
     leading_tokens = 1
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model, self.generator = model, model.language_model
         self.outer = None
         self.language_model = model.language_model.model
@@ -42,7 +42,7 @@ class InternVLChatAdapter(Adapter):
         return hasattr(model, "extract_feature") and hasattr(model, "language_model")
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.model.vision_model
 
     @property
@@ -55,9 +55,7 @@ class InternVLChatAdapter(Adapter):
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         values = torch.cat(parts).float()
         side = square_side(values.shape[1])
-        shuffled = self.model.pixel_shuffle(  # type: ignore[operator]
-            values.unflatten(1, (side, side)), self.model.downsample_ratio
-        )
+        shuffled = self.model.pixel_shuffle(values.unflatten(1, (side, side)), self.model.downsample_ratio)
         return shuffled.flatten(0, 2).unflatten(1, (-1, values.shape[2])).mean(1)
 
     def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:

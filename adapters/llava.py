@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from vtoken.context import ItemLayout
 class LlavaAdapter(Adapter):
     """`transformers.LlavaForConditionalGeneration` with a CLIP or SigLIP tower."""
 
-    model_types = ("llava", "vipllava")
+    model_types: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
 
     def __init__(self, model) -> None:
         super().__init__(model)

@@ -71,7 +71,7 @@ class LlavaNextAdapter(LlavaAdapter):
 
     def _boxes(self, packed: Tensor, base: Tensor, size: Tensor, crops: tuple[int, int]) -> Tensor:
         """(N, 4) shares of the picture; the mosaic shows it scaled to fit and centred on a canvas of all crops."""
-        whole = grid_shares(*packed.unbind(1), self.side, self.side)
+        whole = grid_shares(packed[:, 0], packed[:, 1], self.side, self.side)
         if crops == (0, 0):
             return whole
         scale = min(self.side * crops[i] / float(size[i]) for i in (0, 1))  # patches per pixel

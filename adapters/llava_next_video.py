@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool2d
 
 from vtoken.adapters.base import equal_views
 from vtoken.adapters.llava_next import LlavaNextAdapter
+from vtoken.compat import clip_pixels
 from vtoken.context import ItemLayout
 
 
@@ -34,5 +35,5 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
         if modality == "image":
             return super().layouts(modality, call, lengths)
-        frames, side = call["pixel_values_videos"].shape[1], self.side // self.model.config.spatial_pool_stride
+        frames, side = clip_pixels(call).shape[1], self.side // self.model.config.spatial_pool_stride
         return [equal_views(frames, side, side)] * len(lengths)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-OneVision: LLaVA-NeXT's packing, coarser above a limit of patches; several images or frames get one view each."""
+"""LLaVA-OneVision: LLaVA-NeXT's packing, coarser above a limit; several images, and frames, get one view each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtoken.adapters.base import equal_views
 from vtoken.adapters.llava_next import LlavaNextAdapter
+from vtoken.compat import clip_pixels
 from vtoken.context import ItemLayout
 
 
@@ -31,7 +32,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         if modality == "image":
             return super().pack(parts, modality, call)
-        clips = len(call["pixel_values_videos"])
+        clips = len(clip_pixels(call))
         frames = self.outer.apply_pooling(torch.cat(parts).float())
         clip = frames.reshape(clips, -1, frames.shape[-1])
         newline = torch.full_like(clip[:, :1], float("nan"))
@@ -40,6 +41,6 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
         if modality == "image":
             return super().layouts(modality, call, lengths)
-        clips, frames = call["pixel_values_videos"].shape[:2]
+        clips, frames = clip_pixels(call).shape[:2]
         side = (self.side + 1) // 2
         return [equal_views(frames, side, side, newlines=1)] * clips

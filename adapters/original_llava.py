@@ -27,10 +27,10 @@ METHOD = "prepare_inputs_labels_for_multimodal"
 class OriginalLlavaAdapter(Adapter):
     """``LlavaLlamaForCausalLM`` and others with `METHOD`."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = self.generator = model
+    def __init__(self, model: Any) -> None:
+        self.model, self.generator = model, model
         self.outer = None
-        self.language_model = model.get_model()  # type: ignore[operator]
+        self.language_model = model.get_model()
         self.layers = self.language_model.layers
 
     @staticmethod
@@ -39,12 +39,12 @@ class OriginalLlavaAdapter(Adapter):
         return hasattr(model, METHOD) and hasattr(model, "get_model")
 
     @property
-    def tower(self) -> nn.Module:
-        return self.model.get_vision_tower()  # type: ignore[operator]
+    def tower(self) -> Any:
+        return self.model.get_vision_tower()
 
     @property
     def projector(self) -> nn.Module:
-        return self.language_model.mm_projector  # type: ignore[return-value]
+        return self.language_model.mm_projector
 
     @property
     def leading_tokens(self) -> int:  # type: ignore[override]
@@ -80,7 +80,7 @@ class OriginalLlavaAdapter(Adapter):
 class _Packing:
     """Sends per-patch maps (views, patches, C) through the model's own packing."""
 
-    def __init__(self, model: nn.Module, run: Callable, visual: Tensor, images: Any) -> None:
+    def __init__(self, model: Any, run: Callable, visual: Tensor, images: Any) -> None:
         self.model, self.run, self.visual = model, run, visual
         single = isinstance(images, Tensor) and images.dim() == 4
         self.views = [1] * len(images) if single else [len(image) if image.dim() == 4 else 1 for image in images]
@@ -91,7 +91,7 @@ class _Packing:
         return VisionRecord(lengths, layouts, maps, self._pack(torch.cat(inputs)) if inputs else None)
 
     def _layouts(self) -> tuple[list[int], list[ItemLayout]]:
-        side = square_side(int(self.model.get_vision_tower().num_patches))  # type: ignore[operator]
+        side = square_side(int(self.model.get_vision_tower().num_patches))
         index = torch.arange(side**2)
         owner = torch.cat([torch.full((count,), image) for image, count in enumerate(self.views)])
         inside = torch.cat([torch.arange(count) for count in self.views])
@@ -112,17 +112,17 @@ class _Packing:
     def _pack(self, values: Tensor) -> Tensor:
         """(views, patches, C) or (views, patches) to (T, C) or (T,), NaN for newlines."""
         values = values if values.dim() == 3 else values[..., None]
-        width = self.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+        width = self.model.get_input_embeddings().weight.shape[1]
         out = [self._send(part, width)[:, : part.shape[-1]] for part in values.split(width, -1)]
         packed = torch.cat(out, 1).float()
         return packed[:, 0] if packed.shape[1] == 1 else packed
 
     def _send(self, part: Tensor, width: int) -> Tensor:
         part = torch.nn.functional.pad(part, (0, width - part.shape[-1])).to(self.model.dtype)
-        newline = getattr(self.model.get_model(), "image_newline", None)  # type: ignore[operator]
-        kept = None if newline is None else newline.data
+        newline: Any = getattr(self.model.get_model(), "image_newline", None)
+        kept: Any = None if newline is None else newline.data
         own = vars(self.model).get("encode_images")
-        self.model.encode_images = lambda *args, **kwargs: part  # type: ignore[assignment]
+        self.model.encode_images = lambda *args, **kwargs: part
         try:
             if newline is not None:
                 newline.data = torch.full_like(kept, float("nan"))

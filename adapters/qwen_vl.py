@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL, Qwen2.5-VL and Qwen3.5: packed towers in which 2 x 2 patches, neighbours in the sequence, become one token."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3.5: packed towers in which 2 x 2 patches, neighbours in the sequence, are a token."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class _TokenMerger(nn.Module):
 class QwenVLAdapter(Adapter):
     """`transformers.Qwen2VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` and Qwen3.5."""
 
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
 
     @property
     def merge(self) -> int:

@@ -19,7 +19,14 @@ class TilesAdapter(Adapter):
     Their processors put text between the tiles of a picture (rows, columns, separators), so each tile is an item.
     """
 
-    model_types = ("gemma3", "paligemma", "aya_vision", "cohere2_vision", "idefics3", "smolvlm")
+    model_types: ClassVar[tuple[str, ...]] = (
+        "gemma3",
+        "paligemma",
+        "aya_vision",
+        "cohere2_vision",
+        "idefics3",
+        "smolvlm",
+    )
     one_to_one: ClassVar[tuple[str, ...]] = ("paligemma",)
 
     def __init__(self, model) -> None:

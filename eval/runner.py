@@ -61,6 +61,7 @@ class Runner:
     def __init__(self, store: Store, listener: Listener | None = None) -> None:
         self.store, self.listener = store, listener or Listener()
         self._loaded: tuple[ModelSpec, Any] | None = None
+        self._broken_tasks: dict[tuple[str, str], Exception] = {}
 
     def run(self, cells: Sequence[Cell]) -> Outcome:
         """Run what is not finished; a cell that raises does not stop the others.
@@ -80,7 +81,7 @@ class Runner:
             try:
                 result = self._run_cell(cell, model)
             except Exception as error:
-                failure = {"cell": cell.config(), "error": str(error), "traceback": traceback.format_exc()}
+                failure = {"cell": cell.config(), "error": reason(error), "traceback": traceback.format_exc()}
                 self.store.save_failure(cell.id, failure)
                 outcome.failed.append(cell)
                 self.listener.failed(cell, failure)
@@ -103,8 +104,19 @@ class Runner:
         model.use(None)
         return model
 
+    def _task(self, cell: Cell) -> Any:
+        """The task of a cell; one that cannot be loaded is not tried again, since lmms-eval takes 20 s to give up."""
+        key = cell.task.name, cell.model_type
+        if key in self._broken_tasks:
+            raise self._broken_tasks[key]
+        try:
+            return load_task(*key)
+        except Exception as error:
+            self._broken_tasks[key] = error
+            raise
+
     def _run_cell(self, cell: Cell, model: Any) -> dict[str, Any]:
-        task = load_task(cell.task.name, cell.model_type)
+        task = self._task(cell)
         started = time.perf_counter()
         with SampleLog(self.store.path(cell.id, ANSWERS)) as log:
             model.log, model.on_answers = log, lambda count: self.listener.answered(cell, count)
@@ -130,3 +142,10 @@ class Runner:
         }
         self.store.save(cell.id, result, samples)
         return result
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong; lmms-eval wraps errors of datasets and scoring into a `tenacity.RetryError`."""
+    attempt = getattr(error, "last_attempt", None)
+    inner = attempt.exception() if attempt is not None else None
+    return str(inner or error) or type(inner or error).__name__

@@ -146,9 +146,7 @@ def attention_rows(
     return logits.softmax(-1) if softmax else logits
 
 
-def peek(
-    module: nn.Module, hidden: Tensor, position_embeddings: Any, rows: Tensor, mask: Tensor | None
-) -> Tensor:
+def peek(module: nn.Module, hidden: Tensor, position_embeddings: Any, rows: Tensor, mask: Tensor | None) -> Tensor:
     """Attention rows of ``module`` on ``hidden`` (B, S, D): its projections and rope run, its attention does not.
 
     Returns

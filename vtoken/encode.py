@@ -47,6 +47,8 @@ def encode(
         method = getattr(adapter.outer, f"get_{modality}_features")
         names = inspect.signature(method).parameters
         given = {name: value for name, value in inputs.items() if name in names}
+        if modality == "video" and "pixel_values_videos" not in names:  # an older transformers
+            given["pixel_values"] = inputs["pixel_values_videos"]
         outputs[modality], records[modality] = reader(method, modality, **given, return_dict=True)
     if not records:
         raise ValueError(f"The inputs hold no pixels ({', '.join(inputs)}): pass what the model's processor returns.")

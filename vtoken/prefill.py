@@ -188,7 +188,7 @@ class Prefill:
     def _windowed_masks(self, mask: Any, embeds: Tensor) -> Any:
         """Sliding windows are counted in the original sequence: prepare such masks before rows are dropped."""
         layers = {layer_type(self.adapter, i): i for i in reversed(range(len(self.adapter.layers)))}
-        window = getattr(self.adapter.language_model.config, "sliding_window", None)
+        window = getattr(self.adapter.language_model.config, "sliding_window", None) or 0
         prepared = isinstance(mask, dict) or (mask is not None and mask.dim() == 4)
         if prepared or "sliding_attention" not in layers or self.past + self.length <= window:
             return mask
@@ -255,7 +255,7 @@ class Prefill:
 
     # ------------------------------------------------------------------ shared pieces
     def _prepared_past(self, mask: Tensor) -> int:
-        """Columns before the new tokens in a prepared mask: what is stored, which may be fewer than the logical past."""
+        """Columns before the new tokens in a prepared mask: what is stored, perhaps fewer than the logical past."""
         return self.past if is_static(self.cache) else mask.shape[-1] - self.length
 
     def _apply(self, cut: Cut | None) -> Tensor:

@@ -111,7 +111,9 @@ class Session:
             self._handles.append(after)
             for index, layer in enumerate(adapter.layers):
                 self._before(layer, functools.partial(self._layer_pre, index))
-            self.wrap_method(adapter.generator, "create_masks_for_generate", self._static_masks, create_masks_for_generate)
+            self.wrap_method(
+                adapter.generator, "create_masks_for_generate", self._static_masks, create_masks_for_generate
+            )
             adapter.install(self)
         except BaseException:
             self.detach()
@@ -190,7 +192,8 @@ class Session:
         bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
         call = {**bound, **bound.get("kwargs", {})}
         self._forward = None
-        cache, encoded = call.get("past_key_values"), call.get("mm_encoder_outputs") or {}
+        cache: Any = call.get("past_key_values")
+        encoded = call.get("mm_encoder_outputs") or {}
         given = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
         if given is None:
             return None  # the model raises its own error
@@ -202,7 +205,9 @@ class Session:
             self._check_window(cache, logical_length(cache) + given.shape[1])
         pixels = any(call.get(key) is not None for key in self.adapter.pixel_keys)
         if pixels or any(output is not None for output in encoded.values()):
-            if any(getattr(output, "last_hidden_state", 0) is None for output in encoded.values() if output is not None):
+            if any(
+                getattr(output, "last_hidden_state", 0) is None for output in encoded.values() if output is not None
+            ):
                 raise NotImplementedError(
                     "prefill_chunk_size may split an image between chunks, which vtoken does not support: "
                     "remove it from the generation config."
@@ -241,7 +246,7 @@ class Session:
             length = max(layer.max_cache_len for layer in cache.layers)
         if length > window:
             raise NotImplementedError(
-                f"This model attends in a sliding window of {window} tokens. vtoken keeps its meaning in a first prompt "
+                f"This model attends in a sliding window of {window} tokens. Its meaning is kept in a first prompt "
                 "with a dynamic cache, not in a StaticCache or a further prompt on a pruned cache beyond the window: "
                 "use a dynamic cache, and a new one for each turn."
             )
@@ -267,7 +272,8 @@ class Session:
 
     def _open_bare(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         announced, self._announced = self._announced, None
-        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        cache: Any = kwargs.get("past_key_values")
+        embeds = kwargs.get("inputs_embeds")
         given = kwargs["input_ids"] if embeds is None else embeds
         state, self._forward = state_of(cache), None
         self._check_cache(cache, state, given)
@@ -398,7 +404,7 @@ class Session:
 
     def _decode_layer(self, index: int, args: tuple, kwargs: dict[str, Any], forward: _Forward | None) -> Any:
         """A layer that stores other columns than layer 0 needs a mask of its own."""
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         state = state_of(cache)
         if state is None or not hasattr(cache.layers[index], "get_seq_length"):
             return None

@@ -56,9 +56,7 @@ class TokenMap:
 
 
 @torch.no_grad()
-def token_map(
-    model: nn.Module, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]] | None = None
-) -> TokenMap:
+def token_map(model: nn.Module, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]] | None = None) -> TokenMap:
     """Map every visual token of a prompt to the pixels that it stands for.
 
     The pictures are encoded once. If the model is wrapped and its last prompt was this one, the map also says which

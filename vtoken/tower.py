@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision side of a wrapped model: what the encoder said about each visual token.
 
-``generate`` encodes the pictures before the forward pass (transformers >= 5.18), a plain forward inside of it. Both call
-``get_image_features`` on the outer module, which the session wraps: what was read there travels with the features
+``generate`` encodes the pictures before the forward pass (transformers >= 5.18), a plain forward inside of it. Both
+call ``get_image_features`` on the outer module, which the session wraps: what was read there travels with the features
 to the prefill as an *item* of the output, because accelerate's hooks rebuild the object and lose its attributes.
 """
 
@@ -108,11 +108,12 @@ class VisionReader:
 
     def _open_taps(self, stack: contextlib.ExitStack, seen: dict[EncoderRead, list[Tensor]]) -> None:
         first = self.adapter.leading_tokens
-        for layer in {read.layer for read in self.reads}:
-            reads = [read for read in self.reads if read.layer == layer]
+        block = self.adapter.tower_block
+        for layer in {block(read.layer) for read in self.reads}:
+            reads = [read for read in self.reads if block(read.layer) == layer]
 
             def read_all(
-                module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: dict, reads: list[EncoderRead] = reads
+                module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: Any, reads: list[EncoderRead] = reads
             ) -> None:
                 if mask is not None:
                     raise ValueError(

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,9 +75,26 @@ def wrap(
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
     session = Session(adapter_for(model), built, positions, backend)
+    _attach(model, session)
+    return model
+
+
+def _attach(model: nn.Module, session: Session) -> None:
     session.attach()
     object.__setattr__(model, ATTRIBUTE, session)
-    return model
+    object.__setattr__(model, "__deepcopy__", functools.partial(_copy_wrapped, model))
+
+
+def _copy_wrapped(model: Model, memo: dict[int, Any]) -> Model:
+    """A deep copy with a session of its own: hooks and replaced methods refer to the model they were made for."""
+    session = session_of(model)
+    unwrap(model)
+    try:
+        twin = copy.deepcopy(model, memo)
+    finally:
+        _attach(model, session)  # type: ignore[arg-type]
+    options = {"positions": session.positions, "backend": session.backend}  # type: ignore[union-attr]
+    return wrap(twin, copy.deepcopy(session.reducer, memo), **options)  # type: ignore[union-attr]
 
 
 def unwrap(model: Model) -> Model:
@@ -90,6 +109,7 @@ def unwrap(model: Model) -> Model:
         raise ValueError("The model is not wrapped, so there is nothing to undo: call vtoken.wrap(model, ...) first.")
     session.detach()
     object.__delattr__(model, ATTRIBUTE)
+    object.__delattr__(model, "__deepcopy__")
     return model
 
 

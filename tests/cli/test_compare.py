@@ -107,3 +107,17 @@ def test_quick_asks_few_questions(checkpoint, private_cache, tmp_path):
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["reducer"] for row in rows] == ["unpruned", "random", "fopru", "todre", "idpruner"]
+
+
+def test_defaults_of_the_embedded_model_do_not_apply_to_others(monkeypatch):
+    from vtoken.cli.compare import _defaults
+    from vtoken.eval.sweep import Sweep
+
+    monkeypatch.setattr("vtoken.mini.names", lambda: ["mini-llava"])
+    common = {"reducers": ["random"], "keep": [0.5]}
+    none = {"limit": None, "batch_size": None}
+    embedded = Sweep(models=["mini-llava"], tasks=["mini", "mini_word"], **common)
+    real = Sweep(models=["llava-hf/llava-1.5-7b-hf"], tasks=["mini", "gqa_lite"], **common)
+    assert _defaults(embedded, none) == {}
+    assert _defaults(real, none) == {"limit": None, "batch_size": 1}
+    assert _defaults(real, {"limit": 5, "batch_size": 2}) == {}

@@ -142,3 +142,20 @@ def test_listeners_hear_everything(runner, make_cell, broken):
     runner.listener = Ears()
     runner.run([make_cell(), broken])
     assert heard == ["started", 4, 4, "finished", "started", "failed"]
+
+
+def test_a_task_that_cannot_be_loaded_is_tried_once(runner, store, make_cell, monkeypatch):
+    import tenacity
+
+    calls = []
+
+    @tenacity.retry(stop=tenacity.stop_after_attempt(2))
+    def unreachable(*key):
+        calls.append(key)
+        raise OSError("the hub cannot be reached")
+
+    monkeypatch.setattr("vtoken.eval.runner.load_task", unreachable)
+    cells = [make_cell(), make_cell("random", keep=0.5)]
+    assert runner.run(cells).failed == cells
+    assert len(calls) == 2
+    assert {store.failure(cell.id)["error"] for cell in cells} == {"the hub cannot be reached"}

@@ -158,7 +158,8 @@ def attend(ctx: VisualContext, layer: int, what: str) -> Attention:
     )
     length = real.shape[1]
     seen = torch.ones(length, length).tril().bool() & real[:, None, None]
-    probabilities = (query @ key.mT / 6).masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+    probabilities = (query @ key.mT / 6).masked_fill(~seen, float("-inf")).softmax(-1)
+    probabilities = probabilities.masked_fill(~seen.any(-1, keepdim=True), 0.0)  # padding sees nothing
     if what == "last":
         last = length - 1 - ctx.text.flip(1).to(torch.int8).argmax(1, keepdim=True)
         index, valid = last, torch.ones_like(last, dtype=torch.bool)

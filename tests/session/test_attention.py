@@ -114,6 +114,17 @@ def test_encoder_statistics_equal_eager(attn, layer):
     assert found["keys"].shape == (2, 16, 8)
 
 
+def test_names_of_one_block_give_the_same_map():
+    """Negative indices and shares of the depth (3 blocks) may name a block that another read names as well."""
+    model, inputs = tiny.make("llava", (1,))
+    spy = Spy(reads=tuple(EncoderRead("cls", layer) for layer in (1, -2, 0.5)))
+    with vtoken.reduce(model, spy), torch.no_grad():
+        model(**inputs)
+    first, *others = spy.seen["ctx"].encoder.values()
+    assert len(others) == 2
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_encoder_maps_follow_the_anyres_packing():
     """[CLS] attention of every kept token equals the one of its view and patch; newlines have none."""
     model, inputs = tiny.make("llava_next", (2,))
@@ -201,9 +212,7 @@ def test_no_encoder_attention_is_computed_unless_asked(monkeypatch):
     asked = []
     for module in model.modules():
         if hasattr(module, "config"):
-            module.register_forward_pre_hook(
-                lambda m, a, k: asked.append(k.get("output_attentions")), with_kwargs=True
-            )
+            module.register_forward_pre_hook(lambda m, a, k: asked.append(k.get("output_attentions")), with_kwargs=True)
     with vtoken.reduce(model, "todre", keep=0.5), torch.no_grad():
         model(**inputs)
     assert not any(asked)

@@ -14,7 +14,7 @@ from transformers import StaticCache
 import vtoken
 
 
-@pytest.fixture()
+@pytest.fixture
 def model_and_inputs():
     return tiny.make("llava", (1,))
 
@@ -48,7 +48,7 @@ def test_an_int_is_a_token_count(model_and_inputs):
 def test_unknown_names():
     with pytest.raises(ValueError, match="did you mean 'fopru'"):
         vtoken.get_reducer("forpu")
-    with pytest.raises(ValueError, match="Unknown parameter 'kep' .* did you mean 'keep'"):
+    with pytest.raises(ValueError, match=r"Unknown parameter 'kep' .* did you mean 'keep'"):
         vtoken.get_reducer("fopru", kep=0.5)
     with pytest.raises(ValueError, match="needs the key 'reducer'"):
         vtoken.get_reducer({"name": "fopru"})

@@ -86,9 +86,7 @@ def runs_of(visual: Tensor, lengths: list[int] | None = None) -> list[list[Tenso
 
 
 @contextlib.contextmanager
-def masked_oracle(
-    model: nn.Module, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None = None
-):
+def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None = None):
     """The stock model on the full sequence, with dropped keys hidden by an explicit 4-D mask in every layer."""
     cuts = dict(plan.at)
     length = visual.shape[1]

@@ -29,8 +29,12 @@ def compare_command(
         str | None, typer.Option("-r", "--reducers", help="Names, presets or YAML files, with commas; see vtoken list.")
     ] = None,
     keep: Annotated[str | None, typer.Option("-k", "--keep", help="Ratios or token counts, with commas.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions per task.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Prompts per forward pass.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions per task; 320 of the bundled ones, all of others.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts per forward pass; 16 for embedded models, 1 for others.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few questions, one keep ratio: seconds.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
     folder: Annotated[Path, typer.Option("--out", help="Results folder.")] = Path("vtoken-results"),
@@ -79,8 +83,22 @@ def _prepare(overrides: dict[str, Any], quick: bool, folder: Path) -> tuple[Swee
 
     require()
     sweep = load_sweep(shipped_sweep("quick" if quick else "compare"), overrides)
+    sweep = sweep.model_copy(update=_defaults(sweep, overrides))
     cells = sweep.cells()
     return sweep, cells, Store(folder)
+
+
+def _defaults(sweep: Sweep, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Limit and batch size of the shipped files are meant for bundled tasks and embedded models, not for others."""
+    from vtoken.eval.tasks import bundled_tasks
+    from vtoken.mini import names
+
+    changes: dict[str, Any] = {}
+    if overrides["limit"] is None and not set(sweep.tasks) <= set(bundled_tasks()):
+        changes["limit"] = None
+    if overrides["batch_size"] is None and not {entry.pretrained for entry in sweep.models} <= set(names()):
+        changes["batch_size"] = 1
+    return changes
 
 
 def _run(cells: Sequence[Cell], store: Store) -> list[Cell]:

@@ -18,6 +18,7 @@ from transformers import (
 from vtoken.mini.questions import LETTER_TOKENS, WORDS
 from vtoken.mini.world import IMAGE, PATCH
 
+WIDTH = 128  # of the tower and of the decoder
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 IMAGE_TOKEN, USER, ASSISTANT = "<image>", "<user>", "<assistant>"
 SPECIAL = [PAD, BOS, EOS, UNK, IMAGE_TOKEN, USER, ASSISTANT]
@@ -75,7 +76,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     """An untrained embedded LLaVA: CLIP tower 128 x 6 with [CLS], two-layer projector, Llama decoder 128 x 6."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=128,
+        hidden_size=WIDTH,
         intermediate_size=384,
         num_hidden_layers=6,
         num_attention_heads=4,
@@ -85,7 +86,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     )
     text = LlamaConfig(
         vocab_size=len(VOCAB),
-        hidden_size=128,
+        hidden_size=WIDTH,
         intermediate_size=384,
         num_hidden_layers=6,
         num_attention_heads=4,

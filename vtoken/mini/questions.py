@@ -76,9 +76,13 @@ def position(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("position", f"where is the {_name(item)} ?", where, (item.box,))
 
 
-def relation(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """Is A left of B? Only pairs whose cells differ along the axis that is asked for."""
-    axis = int(rng.integers(2))
+def relation(scene: Scene, rng: np.random.Generator, axis: int | None = None, one_way: bool = False) -> Question | None:
+    """Is A left (right) of B, above (below) B? Only pairs whose cells differ along the axis that is asked for.
+
+    ``axis`` (0: left and right) and ``one_way`` (left and above only) are for the curriculum of the training.
+    """
+    if axis is None:
+        axis = int(rng.integers(2))
     shapes = scene.of("shape")
     pairs = [(a, b) for a in shapes for b in shapes if a.cell[axis] < b.cell[axis]]
     if not pairs:
@@ -86,7 +90,7 @@ def relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     before, after = _choose(pairs, rng)
     word, opposite = (("left of", "right of"), ("above", "below"))[axis]
     first, second = (before, after) if rng.random() < 0.5 else (after, before)
-    asked = _choose([word, opposite], rng)
+    asked = word if one_way else _choose([word, opposite], rng)
     answer = "yes" if (first is before) == (asked == word) else "no"
     text = f"is the {_name(first)} {asked} the {_name(second)} ?"
     return Question("relation", text, answer, (first.box, second.box))
@@ -127,7 +131,8 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
 
 WORDS = sorted(
     {*COLORS, *SHAPES, *(f"{s}s" for s in SHAPES), "thing", "things", "?", "yes", "no"}
-    | set("is there a what color the shape where left right of above below top bottom how many are digit".split())
+    | {"is", "there", "a", "what", "color", "the", "shape", "where", "left", "right", "of", "above", "below"}
+    | {"top", "bottom", "how", "many", "are", "digit"}
     | {"does", "text", "say", *"0123456789"}
 )
 """Every word of the questions and answers but the letters, which are a vocabulary of their own."""

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from vtoken.ops.common import counts, finite, mask_of, unit_vectors
 
-BLOCK = 64  # candidates evaluated in one product
+BLOCK = 16  # candidates evaluated at a time
+CHUNK = 512  # the same before the first pick, when all are
+DENSE = 3072  # tokens up to which all similarities are kept (36 MB): each is used about ten times
 
 
 def coverage(
@@ -73,32 +75,33 @@ class _LazyGains:
         self.unit, self.weight, self.add = unit, weight, add
         self.free = valid.clone()
         self.cover = unit.new_zeros(unit.shape[:2])
-        self.bound = torch.full_like(self.cover, float("inf"))
-        self.width = min(BLOCK, unit.shape[1])
-
-    def _scores(self, exact: Tensor) -> Tensor:
-        scores = self.bound + self.weight if self.add else self.bound * self.weight
-        unknown = self.bound.isinf() & ~exact
-        return torch.where(unknown, float("inf"), scores).masked_fill(~self.free, float("-inf"))
+        self.table = unit @ unit.mT if unit.shape[1] <= DENSE else None
+        tokens = torch.arange(unit.shape[1], device=unit.device)
+        self.bound = torch.cat([self._gains(part.expand(len(unit), -1)) for part in tokens.split(CHUNK)], 1)
+        self.exact = torch.ones_like(self.free)
 
     def next(self) -> Tensor:
         """(B, 1) long: the next pick."""
-        exact = ~self.free
         while True:
-            scores = self._scores(exact)
+            scores = self.bound + self.weight if self.add else self.bound * self.weight
+            scores = scores.masked_fill(~self.free, float("-inf"))
             best = scores.argmax(1, keepdim=True)
-            if bool(exact.gather(1, best).all()):
+            if bool((self.exact.gather(1, best) | ~self.free.gather(1, best)).all()):
                 break
-            self._evaluate(scores.masked_fill(exact, float("-inf")), exact)
+            waiting = scores.masked_fill(self.exact, float("-inf"))
+            index = waiting.sort(dim=1, descending=True, stable=True).indices[:, :BLOCK]
+            self.bound.scatter_(1, index, self._gains(index))
+            self.exact.scatter_(1, index, True)
         self.free.scatter_(1, best, False)
         self.cover = torch.maximum(self.cover, self._similarity(best)[:, 0])
+        self.exact.fill_(False)
         return best
 
-    def _evaluate(self, scores: Tensor, exact: Tensor) -> None:
-        index = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.width]
-        gains = (self._similarity(index) - self.cover[:, None]).clamp(min=0).sum(2)
-        self.bound.scatter_(1, index, gains)
-        exact.scatter_(1, index, True)
+    def _gains(self, index: Tensor) -> Tensor:
+        return (self._similarity(index) - self.cover[:, None]).clamp(min=0).sum(2)
 
     def _similarity(self, index: Tensor) -> Tensor:
+        """Cosines (B, P, N) of the tokens ``index`` (B, P) and all tokens."""
+        if self.table is not None:
+            return self.table.gather(1, index[..., None].expand(-1, -1, self.table.shape[2]))
         return self.unit.gather(1, index[..., None].expand(-1, -1, self.unit.shape[2])) @ self.unit.mT

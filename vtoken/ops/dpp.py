@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vtoken.ops.common import counts, finite, mask_of, unit_vectors
+from vtoken.ops.greedy import Columns
 
 RANK_EPS = 1e-6  # conditional variance, relative to the token's own, below which float32 holds only rounding
 
@@ -41,8 +42,8 @@ def dpp(features: Tensor, relevance: Tensor, k: int | Tensor, valid: Tensor | No
     valid = mask_of(features, valid)
     count = counts(k, valid)
     unit, relevance = unit_vectors(features, valid), finite(relevance, valid, "relevance scores")
-    scaled = unit * relevance[..., None]
-    own = scaled.square().sum(2)
+    columns = Columns(unit)
+    own = relevance.square() * unit.any(2)  # exactly, so that equal relevance is a tie
     left, free = own.clone(), valid.clone()
     longest = int(count.max())
     rows = unit.new_zeros(len(unit), longest, unit.shape[1])  # of the Cholesky factor
@@ -53,7 +54,7 @@ def dpp(features: Tensor, relevance: Tensor, k: int | Tensor, valid: Tensor | No
         best = scores.argmax(1, keepdim=True)
         picked[:, step] = torch.where(step < count, best[:, 0], -1)
         free.scatter_(1, best, False)
-        column = (scaled @ scaled.gather(1, best[..., None].expand(-1, -1, scaled.shape[2])).mT)[..., 0]
+        column = relevance * relevance.gather(1, best) * columns(best, scores)[:, 0]
         seen = rows[:, :step]
         at_best = seen.gather(2, best[:, None].expand(-1, step, 1))
         column = column - (at_best.mT @ seen)[:, 0]

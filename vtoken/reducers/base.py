@@ -193,8 +193,9 @@ class LayerReducer(KeepReducer):
 
 def stage_budget(ctx: VisualContext, keep: Keep, stage: int, stages: int) -> Tensor:
     """(I,) long: tokens of each item after ``stage`` of ``stages`` cuts that shrink it by the same factor."""
-    last, tokens = ctx.budget(keep), ctx.budget(1.0)
-    return (tokens * (last / tokens).double() ** (stage / stages)).round().long().clamp(min=1)
+    tokens = ctx.budget(1.0)
+    share = ctx.budget(keep) / tokens.double() if isinstance(keep, int) else tokens.new_tensor(keep, dtype=torch.double)
+    return (tokens * share ** (stage / stages)).round().long().clamp(min=1)
 
 
 def with_newlines(keep: Tensor, ctx: VisualContext, wanted: Tensor) -> Tensor:

@@ -68,15 +68,17 @@ def merge_views(
     Returns
     -------
     Assignment
-        Tokens go into the slot of the first token of their group.
+        Tokens go into the slot of the first token of their group; those of a view that may keep none are dropped.
     """
     views = Views.of(ctx)
     known = torch.ones(ctx.view.shape, device=metric.device) if ctx.sizes is None else ctx.sizes.float()
     sizes = views.take(known) if weighted else None
-    found = merge_down(views.take(metric), views.valid, views.share(budget), rounds, sizes)
+    quota = views.share(budget)
+    found = merge_down(views.take(metric), views.valid & (quota > 0)[:, None], quota, rounds, sizes)
     tokens = found.source.shape[1]
     place = torch.arange(tokens, device=metric.device).expand_as(found.source)
     first = place.new_full((len(place), tokens + 1), tokens)
     first.scatter_reduce_(1, torch.where(found.source < 0, tokens, found.source), place, "amin")
     target = first.gather(1, found.source.clamp(min=0)).masked_fill(found.source < 0, -1)
+    assert found.weights is not None
     return Assignment(views.scatter(target, ctx.longest), known if weighted else views.spread(found.weights, known))

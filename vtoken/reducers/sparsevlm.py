@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtoken.context import Attention, Cut, VisualContext
 from vtoken.ops import cluster_merge, density_peaks, top_k
-from vtoken.reducers.base import KeepReducer, check_features, check_scores, stage_budget
+from vtoken.reducers.base import KeepReducer, check_features, check_scores, stage_budget, with_newlines
 from vtoken.reducers.checks import check_count, check_flag, layer_at, places
 from vtoken.reducers.rows import mean_over_rows, question_rows, rows_at
 from vtoken.registry import register
@@ -73,11 +73,14 @@ class SparseVLM(KeepReducer):
             ctx.scratch[RATERS] = raters(ctx)
             return None
         cuts = self._cuts(ctx.depth)
-        wanted = torch.minimum(stage_budget(ctx, self.keep, cuts.index(layer) + 1, len(cuts)), ctx.candidates.sum(1))
+        wanted = stage_budget(ctx, self.keep, cuts.index(layer) + 1, len(cuts))
+        budget = torch.minimum(wanted, ctx.candidates.sum(1))
         scores = check_scores(self._scores(ctx, layer), ctx, self.name)
-        if not self.recycle:
-            return ctx.cut(top_k(scores, wanted, ctx.candidates))
-        return recycle(ctx, scores, wanted, self.name)
+        if self.recycle:
+            cut = recycle(ctx, scores, budget, self.name)
+        else:
+            cut = ctx.cut(top_k(scores, budget, ctx.candidates))
+        return Cut(with_newlines(cut.keep, ctx, wanted), cut.features)
 
     def _scores(self, ctx: VisualContext, layer: int) -> Tensor:
         attention = rows_at(ctx, layer - 1)

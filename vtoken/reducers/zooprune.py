@@ -122,16 +122,16 @@ def sensitivity(x: Tensor, projector: Callable[[Tensor], Tensor], directions: Te
         If the projector merges tokens.
     """
     directions = step * functional.normalize(directions.float(), dim=1, eps=1e-12)
-    width = max(projector(x[:1]).shape[-1], x.shape[1])
+    projected = projector(x)
+    if len(projected) != len(x):
+        raise ValueError(
+            f"The projector turns {len(x)} inputs into {len(projected)} tokens: the sensitivity of a single token is "
+            "not defined for a merging projector."
+        )
+    width = max(projected.shape[-1], x.shape[1])
     total = x.new_zeros(len(x))
     for part in directions.split(max(1, CHUNK // max(1, len(x) * width))):
         moved = torch.cat([x + part[:, None], x - part[:, None]]).flatten(0, 1)
-        out = projector(moved).float()
-        if len(out) != len(moved):
-            raise ValueError(
-                f"The projector turns {len(moved)} inputs into {len(out)} tokens: the sensitivity of a single token is "
-                "not defined for a merging projector."
-            )
-        plus, minus = out.view(2, len(part), len(x), -1)
+        plus, minus = projector(moved).float().view(2, len(part), len(x), -1)
         total += (plus - minus).norm(dim=2).sum(0)
     return total / (2 * step * len(directions))

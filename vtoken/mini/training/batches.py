@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtoken.mini.labels import FIELDS, box_patches, center_patch, patch_labels, picture_labels
 from vtoken.mini.model import ASSISTANT, BOS, EOS, IMAGE_TOKEN, PAD, USER, VOCAB
-from vtoken.mini.questions import KINDS, Question
+from vtoken.mini.questions import KINDS, Question, relation
+from vtoken.mini.training.labels import FIELDS, box_patches, center_patch, patch_labels, picture_labels
 from vtoken.mini.world import GRID, SHAPES, Scene, Split, render, sample_scene
 
 PATCHES = GRID * GRID
@@ -20,6 +21,12 @@ PREFIX = 2  # <s> <user>
 MEAN, STD = 0.5, 0.25
 GROUNDED = ("existence", "color", "shape", "position", "relation")
 NOUNS = (*SHAPES, "thing")
+TRAIN_KINDS = {
+    **KINDS,
+    "beside": functools.partial(relation, axis=0),
+    "left of": functools.partial(relation, axis=0, one_way=True),
+}
+"""The kinds, and simpler relations: a comparison that opposite words negate is a parity, found very late without."""
 
 
 @dataclass
@@ -67,7 +74,7 @@ def ask(scene: Scene, number: int, kinds: Sequence[str], rng: np.random.Generato
     found: list[Question] = []
     while len(found) < number:
         order = [kinds[i] for i in rng.permutation(len(kinds))]
-        asked = [q for kind in order if (q := KINDS[kind](scene, rng)) is not None]
+        asked = [q for kind in order if (q := TRAIN_KINDS[kind](scene, rng)) is not None]
         found += asked
         if not asked:
             break
@@ -79,9 +86,10 @@ class Pack:
     """Q question/answer pairs a scene, each of which sees the picture and itself only.
 
     ids, labels, positions, block (B, T): T = Q * length text columns; block is the pair's number from 1 on, 0 for
-    padding; labels are -100 outside of the answers; kinds (B, Q) names each pair. nouns (B, R) are text columns that name
-    an item (-1: padding), regions (B, R, PATCHES) the patches that show it and centers (B, R) the one at its centre.
-    pairs (B, Q, 3) are, for questions about two items, the columns of both nouns and of the token that answers (-1: padding).
+    padding; labels are -100 outside of the answers; kinds (B, Q) names each pair. nouns (B, R) are text columns that
+    name an item (-1: padding), regions (B, R, PATCHES) the patches that show it and centers (B, R) the one at its
+    centre. pairs (B, Q, 3) are, for questions about two items, the columns of both nouns and of the token that answers
+    (-1: padding).
     """
 
     ids: torch.Tensor
@@ -98,7 +106,7 @@ class Pack:
 
 def grounded_nouns(question: Question) -> list[tuple[int, np.ndarray, int]]:
     """(token of the question, patches, central patch) for every item that the question names and the picture shows."""
-    if question.kind not in GROUNDED or question.answer == "no" and question.kind == "existence":
+    if question.kind not in GROUNDED or (question.answer == "no" and question.kind == "existence"):
         return []
     nouns = [i for i, word in enumerate(question.text.split()) if word in NOUNS]
     return [(i, box_patches(box), center_patch(box)) for i, box in zip(nouns, question.evidence, strict=True)]
