@@ -19,11 +19,25 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "speed-up": lambda row: "" if row.speedup is None else f"{row.speedup:.2f}x",
     "KV": lambda row: "" if row.kv_bytes is None else bytes_text(row.kv_bytes),
 }
+NARROW: dict[str, Callable[[Row], str]] = {
+    "reducer": COLUMNS["reducer"],
+    "keep": COLUMNS["keep"],
+    "accuracy": lambda row: _plus_minus(row),
+    "diff": COLUMNS["vs unpruned"],
+    "p": COLUMNS["p"],
+    "of all": lambda row: COLUMNS["retained"](row).removesuffix(" %"),
+    "tokens": lambda row: _tokens(row).split(" ")[0],
+    "ms": COLUMNS["prefill ms"],
+    "speed": COLUMNS["speed-up"],
+    "KV": COLUMNS["KV"],
+}
+"""The same in 80 characters."""
+WIDE = 112  # characters that `COLUMNS` take
 LEGEND = (
-    "vs unpruned: paired difference in points, exact McNemar p-value. retained: share of the unpruned accuracy. "
-    "tokens: visual tokens that enter the language model, mean per question; in brackets the mean over its layers, "
-    "where a method drops more inside. prefill: {batch} prompts at once, without the vision tower, measured apart; "
-    "medians of alternating runs. KV: cache per prompt after the prefill."
+    "vs unpruned (diff): paired difference in points, exact McNemar p-value. retained (of all): % of the unpruned "
+    "accuracy. tokens: visual tokens that enter the language model, mean per question; in brackets the mean over its "
+    "layers, where a method drops more inside. prefill: {batch} prompts at once, without the vision tower, measured "
+    "apart, medians of alternating runs. KV: cache per prompt after the prefill."
 )
 
 
@@ -51,6 +65,12 @@ def _accuracy(row: Row) -> str:
     if row.accuracy is None:
         return "failed"
     return f"{100 * row.accuracy.value:5.1f} [{100 * row.accuracy.low:.1f}, {100 * row.accuracy.high:.1f}]"
+
+
+def _plus_minus(row: Row) -> str:
+    if row.accuracy is None:
+        return "failed"
+    return f"{100 * row.accuracy.value:5.1f} ±{50 * (row.accuracy.high - row.accuracy.low):.1f}"
 
 
 def _p_value(row: Row) -> str:

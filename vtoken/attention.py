@@ -66,7 +66,7 @@ def tap(module: nn.Module, reader: Reader) -> Iterator[None]:
     """While open, ``reader`` sees queries and keys of every call of this attention module."""
     config, outer = module.config, vars(module).get("_vtoken_reader")
     module._vtoken_reader = reader  # type: ignore[assignment]
-    module.config = _ConfigProxy(config.real if outer else config)  # type: ignore[assignment, union-attr]
+    module.config = _ConfigProxy(config.real if outer else config)  # type: ignore[assignment]
     try:
         yield
     finally:

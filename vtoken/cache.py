@@ -69,7 +69,7 @@ def make_virtual(cache: Cache, index: int, dropped: int) -> None:
         kind = type(layer)
         if kind not in _CLASSES:  # offloaded, quantized, ... layers
             _CLASSES[kind] = type("Virtual" + kind.__name__, (_Virtual, kind), {})
-        virtual = object.__new__(_CLASSES[kind])
+        virtual: Any = object.__new__(_CLASSES[kind])
         virtual.__dict__.update(layer.__dict__)
         cache.layers[index] = layer = virtual
     layer.vtoken_dropped += dropped
@@ -86,7 +86,7 @@ def _anchor(cache: Cache, index: int = 0) -> int:
 
 def stored_length(cache: Cache, index: int) -> int:
     """Columns that layer ``index`` physically holds."""
-    layer = cache.layers[_anchor(cache, index)]
+    layer: Any = cache.layers[_anchor(cache, index)]
     return int(layer.get_seq_length()) - getattr(layer, "vtoken_dropped", 0)
 
 

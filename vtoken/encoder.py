@@ -60,7 +60,8 @@ def _cls(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
 
 
 def _received(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
-    keys, total = key.float().mT, 0.0
+    keys = key.float().mT
+    total = torch.zeros((), device=query.device)
     for rows in query[:, :, first:].split(CHUNK, 2):
         total = total + ((rows.float() @ keys) * scale).softmax(-1)[..., first:].sum((1, 2))
     return total / (query.shape[1] * (query.shape[2] - first))

@@ -354,7 +354,7 @@ class Session:
             if (record := records.get(modality)) is None or not bool(here.any()):
                 continue
             counts = here.sum(1)
-            times = int(counts.sum()) // sum(record.lengths)  # beams repeat every row in a block
+            times = max(int(counts.sum()) // max(sum(record.lengths), 1), 1)  # beams repeat every row in a block
             record = self.adapter.regroup(record, here[::times])
             order = expand_items(record.lengths, counts.tolist())
             lengths = [record.lengths[i] for i in order]

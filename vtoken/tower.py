@@ -167,6 +167,11 @@ def expand_items(lengths: list[int], counts: list[int]) -> list[int]:
         Indices into ``lengths``, in the order of the batch.
     """
     total = sum(lengths)
+    if total == 0 or sum(counts) % total:
+        raise NotImplementedError(
+            f"The prompt has {sum(counts)} visual tokens for {total} encoded ones: this transformers version adds tokens "
+            "after the encoder, which vtoken cannot place. Use a newer transformers (LLaVA-OneVision clips need one)."
+        )
     times = sum(counts) // total if total else 1
     out: list[int] = []
     position = 0

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,6 +104,14 @@ def test_blocks_of_candidates_change_nothing(name):
     batch.k = torch.tensor([30, 11, 25]) if name != "dpp" else torch.tensor([6, 5, 4])
     select, expected = SELECTIONS[name]
     agree(select(batch), batch, expected)
+
+
+def test_coverage_of_many_tokens_keeps_no_square_table(monkeypatch):
+    batch = Batch(9, tokens=150, width=6)
+    batch.k = torch.tensor([30, 11, 25])
+    with_table = ops.coverage(batch.x, batch.scores, batch.k, valid=batch.valid)
+    monkeypatch.setattr(sys.modules["vtoken.ops.coverage"], "DENSE", 0)
+    assert torch.equal(ops.coverage(batch.x, batch.scores, batch.k, valid=batch.valid), with_table)
 
 
 @every_selection

@@ -156,6 +156,7 @@ def test_it_says_what_it_is(name):
     assert cls.summary.endswith(".")
     assert cls.name == name
     assert cls.newlines in ("keep", "drop")
+    assert cls.uses_text in (True, False)
     assert cls.positions in ("keep", "compact")
     assert cls.paper == "" or cls.paper in cls.__doc__
     assert getattr(vtoken, cls.__name__) is cls
@@ -250,3 +251,11 @@ def test_the_helper_tower_is_the_same_alone():
     read = vtoken.EncoderRead("cls")
     assert torch.equal(Tower([(5, layout)], True)[read][0], Tower([(4, layout), (5, layout)], True)[read][1])
     assert make_context(Row(("grid",), 1)).depth == DEPTH
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not reducer_class(name).uses_text])
+def test_a_choice_that_does_not_use_the_text_does_not_depend_on_it(name):
+    reducer = build(name)
+    ctx, other = context(reducer), context(reducer)
+    other.hidden = torch.where(other.text[..., None], other.hidden.flip(2) * 3, other.hidden)
+    assert torch.equal(run(reducer, ctx)[-1].valid, run(reducer, other)[-1].valid)

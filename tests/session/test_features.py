@@ -31,6 +31,10 @@ def same(left, right):
 def test_clips(family, plan):
     """Prefill and decode against the stock model with explicit masks; a clip is one item."""
     model, inputs = tiny.make(family, (1, 1), video=True)
+    if tiny.VERSION <= (5, 5) and family == "llava_onevision":  # there the newline of a clip is added after encoding
+        with vtoken.reduce(model, PLANS[plan]), pytest.raises(NotImplementedError, match="newer transformers"):
+            model(**inputs)
+        return
     visual, real = visual_and_real(inputs)
     with vtoken.reduce(model, PLANS[plan]):
         out = generate(model, inputs, 3, **STEPS)

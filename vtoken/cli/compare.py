@@ -132,7 +132,7 @@ def _show(sweep: Sweep, cells: Sequence[Cell], store: Store) -> None:
     rows = summarize(cells, store)
     files = write_reports(rows, store.root, sweep.model_dump(mode="json"))
     console = out()
-    console.print(_table(rows))
+    console.print(_table(rows, console.width))
     for line in failures(rows):
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(LEGEND.format(batch=BATCH), style="dim", highlight=False)
@@ -141,18 +141,20 @@ def _show(sweep: Sweep, cells: Sequence[Cell], store: Store) -> None:
     console.print("Written: " + ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    from vtoken.eval.render import COLUMNS, cells_of, place_columns
+def _table(rows: Sequence[Row], width: int) -> Table:
+    from vtoken.eval.render import COLUMNS, NARROW, WIDE, place_columns
 
-    places = place_columns(rows)
+    places, columns = place_columns(rows), COLUMNS if width >= WIDE else NARROW
     questions = max((row.documents for row in rows), default=0)
     title = ", ".join(dict.fromkeys(f"{row.model} on {row.task}" for row in rows)) + f", {questions} questions"
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for name in (*places, *COLUMNS):
-        left = name in (*places, "reducer", "accuracy % [95 % CI]")
-        table.add_column(name.replace("[", r"\["), justify="left" if left else "right", no_wrap=True)
+    space = (0, 2 if columns is COLUMNS else 1, 0, 0)
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=space)
+    for name in (*places, *columns):
+        left = name in (*places, "reducer") or name.startswith("accuracy")
+        table.add_column(escape(name), justify="left" if left else "right", no_wrap=True)
     for before, row in zip((None, *rows), rows, strict=False):
         if before is not None and before.reducer != row.reducer:
             table.add_section()
-        table.add_row(*(escape(str(value)) for value in (*(getattr(row, p) for p in places), *cells_of(row))))
+        cells = [*(str(getattr(row, place)) for place in places), *(column(row) for column in columns.values())]
+        table.add_row(*map(escape, cells))
     return table

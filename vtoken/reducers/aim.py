@@ -47,6 +47,7 @@ class AIM(MergeReducer):
 
     summary = "Merging before the decoder, PageRank pruning inside it."
     paper = "2412.03248"
+    uses_text = True
 
     first: int | float = 0.5
     last: int | float = 22 / 28

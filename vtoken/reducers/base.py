@@ -35,6 +35,8 @@ class Reducer:
     """``"keep"``: image_newline tokens always stay, on top of the budget; ``"drop"``: they go with the first cut."""
     positions: ClassVar[str] = "keep"
     """Position ids the authors use: ``"keep"`` the original ones, or ``"compact"``, renumbered."""
+    uses_text: ClassVar[bool] = False
+    """Whether the choice depends on the text, so that without a cache it may change as the answer grows."""
     needs_projector: ClassVar[bool] = False
     """Whether `VisualContext.projector_input` and `VisualContext.projector` are wanted."""
 

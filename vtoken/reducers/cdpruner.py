@@ -42,6 +42,7 @@ class CDPruner(SelectReducer):
 
     summary = "Determinantal point process, conditioned on the prompt's embeddings."
     paper = "2506.10967"
+    uses_text = True
     positions = "compact"
 
     relevance: str = "text"

@@ -54,6 +54,7 @@ class Chain(Reducer):
         before = [stage for stage in stages if "before_llm" in stage.stages] or list(stages)
         self._set("newlines", "keep" if all(stage.newlines == "keep" for stage in before) else "drop")
         self._set("positions", "compact" if all(stage.positions == "compact" for stage in stages) else "keep")
+        self._set("uses_text", any(stage.uses_text for stage in stages))
         self._set("needs_projector", any(stage.needs_projector for stage in stages))
 
     def _set(self, name: str, value: object) -> None:

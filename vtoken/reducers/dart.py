@@ -44,6 +44,7 @@ class DART(KeepReducer):
 
     summary = "Pivots, and the tokens least like them."
     paper = "2502.11494"
+    uses_text = True
 
     layer: int | float = 2
     pivots: int = 4

@@ -56,6 +56,7 @@ class DyVTE(Reducer):
 
     summary = "Exit of all visual tokens at a depth that depends on the sample."
     paper = "2411.19628"
+    uses_text = True
 
     exit: str = "attention"
     threshold: float = 0.10

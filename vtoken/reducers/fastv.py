@@ -35,6 +35,7 @@ class FastV(LayerReducer):
 
     summary = "The last token's attention in an early decoder layer."
     paper = "2403.06764"
+    uses_text = True
 
     keep: float | int = 0.5
     layer: int | float = 3

@@ -35,6 +35,7 @@ class PyramidDrop(LayerReducer):
 
     summary = "The last token's attention at several depths, halving each time."
     paper = "2410.17247"
+    uses_text = True
 
     keep: float | int = 0.125
     at: tuple[int | float, ...] = (0.25, 0.5, 0.75)

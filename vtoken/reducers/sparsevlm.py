@@ -46,6 +46,7 @@ class SparseVLM(KeepReducer):
 
     summary = "Text raters choose, dropped tokens are clustered and recycled."
     paper = "2410.04417"
+    uses_text = True
 
     at: tuple[int | float, ...] = (2 / 32, 6 / 32, 15 / 32)
     recycle: bool = True

@@ -47,6 +47,7 @@ class ToDRE(SelectReducer):
 
     summary = "Greedy diversity from a [CLS] pivot, then an exit when the text stops attending."
     paper = "2505.18757"
+    uses_text = True
 
     variant: str = "max_sum"
     tau: float | None = 0.10

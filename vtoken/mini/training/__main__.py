@@ -80,7 +80,7 @@ class Run:
         self.save("decoder", ("lm", "symbols", "noun"))
 
     def decoder(self, limit: int, minutes: float) -> None:
-        self.symbols.start_from_words(self.model.get_input_embeddings().weight)
+        self.symbols.start_from_words(self.model.model.language_model.embed_tokens.weight)
         phases.teach_decoder(self.model, self.symbols, self.heads, limit, minutes, self._save_decoder, binding=False)
 
     def binding(self, limit: int, minutes: float) -> None:

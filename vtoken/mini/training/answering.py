@@ -114,4 +114,4 @@ def answer(
     handle.remove()
     target = asked.labels[:, 1:]
     counted = target != -100
-    return Answers(model.lm_head(hidden[:, text:-1][counted]), target[counted], sum(pointing.losses))
+    return Answers(model.lm_head(hidden[:, text:-1][counted]), target[counted], torch.stack(pointing.losses).sum())

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ PREFIX = 2  # <s> <user>
 MEAN, STD = 0.5, 0.25
 GROUNDED = ("existence", "color", "shape", "position", "relation")
 NOUNS = (*SHAPES, "thing")
-TRAIN_KINDS = {
+TRAIN_KINDS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     **KINDS,
     "beside": functools.partial(relation, axis=0),
     "left of": functools.partial(relation, axis=0, one_way=True),
@@ -31,10 +31,10 @@ TRAIN_KINDS = {
 
 @dataclass
 class SceneBatch:
-    """B scenes: pixels (B, 3, H, W), labels field -> (B, PATCHES), picture labels (B, C)."""
+    """B scenes: pixels (B, 3, H, W) or empty, labels field -> (B, PATCHES), picture labels (B, C)."""
 
     scenes: list[Scene]
-    pixels: torch.Tensor | None
+    pixels: torch.Tensor
     labels: dict[str, torch.Tensor]
     picture: torch.Tensor
 
@@ -43,7 +43,7 @@ def scene_batch(size: int, rng: np.random.Generator, pixels: bool = True, **opti
     """Draw training scenes; ``pixels=False`` skips the painting, ``options`` go to `sample_scene`."""
     scenes = [sample_scene(rng, **options) for _ in range(size)]
     labels = [patch_labels(scene) for scene in scenes]
-    painted = None
+    painted = torch.empty(0)
     if pixels:
         images = np.stack([render(scene, rng) for scene in scenes])
         painted = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
@@ -140,10 +140,22 @@ def pack(scenes: Sequence[Scene], number: int, kinds: Sequence[str], rng: np.ran
         for r, (column, region, center) in enumerate(found):
             nouns[b, r], regions[b, r], centers[b, r] = column, region, center
     positions = np.broadcast_to(np.arange(length) + PREFIX + PATCHES, shape)
-    flat = [torch.from_numpy(x.reshape(len(scenes), -1).copy()) for x in (ids, labels, positions, block)]
-    grounding = torch.from_numpy(nouns), torch.from_numpy(regions), torch.from_numpy(centers)
-    grounding = *grounding, torch.from_numpy(pairs)
-    return Pack(*flat, *grounding, kinds=[[q.kind for q in questions] for questions in asked], length=length)
+
+    def columns(x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x.reshape(len(scenes), -1).copy())
+
+    return Pack(
+        ids=columns(ids),
+        labels=columns(labels),
+        positions=columns(positions),
+        block=columns(block),
+        nouns=torch.from_numpy(nouns),
+        regions=torch.from_numpy(regions),
+        centers=torch.from_numpy(centers),
+        pairs=torch.from_numpy(pairs),
+        kinds=[[q.kind for q in questions] for questions in asked],
+        length=length,
+    )
 
 
 def attention_mask(visual: int, block: torch.Tensor) -> torch.Tensor:

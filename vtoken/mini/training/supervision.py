@@ -21,16 +21,14 @@ class Symbols(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tables = nn.ModuleDict({name: nn.Embedding(size, WIDTH) for name, size in FIELDS.items()})
-        for table in self.tables.values():
-            nn.init.normal_(table.weight, std=0.1)
+        self.tables = nn.ParameterDict({name: 0.1 * torch.randn(size, WIDTH) for name, size in FIELDS.items()})
 
     def start_from_words(self, words: torch.Tensor) -> None:
         """Give a label the embedding of its word: question words and visual tokens then match from the start."""
         names = {"color": COLORS, "shape": SHAPES, "digit": "0123456789", "letter": [f"##{x}" for x in LETTERS]}
         with torch.no_grad():
             for field, labels in names.items():
-                self.tables[field].weight.copy_(words[[VOCAB[label] for label in labels]])
+                self.tables[field].copy_(words[[VOCAB[label] for label in labels]])
 
     def forward(self, labels: dict[str, torch.Tensor], dropout: float = 0.0) -> torch.Tensor:
         """(B, N, WIDTH) sums over the fields that apply; ``dropout`` forgets single fields of single patches."""
@@ -39,7 +37,7 @@ class Symbols(nn.Module):
             known = labels[name] != IGNORE
             if dropout:
                 known = known & (torch.rand(known.shape) >= dropout)
-            out = out + table(labels[name].clamp(min=0)) * known[..., None]
+            out = out + table[labels[name].clamp(min=0)] * known[..., None]
         return out
 
 
@@ -71,7 +69,7 @@ class Heads(nn.Module):
 
     def picture_loss(self, cls: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         """Multi-label loss of the [CLS] states (B, WIDTH) of the feature layer and of the last layer."""
-        return sum(
-            F.binary_cross_entropy_with_logits(head(state), target, pos_weight=torch.tensor(5.0))
-            for head, state in zip(self.picture, cls, strict=True)
-        )
+        rare = torch.tensor(5.0)  # a label is absent from most pictures
+        pairs = zip(self.picture, cls, strict=True)
+        losses = [F.binary_cross_entropy_with_logits(head(state), target, pos_weight=rare) for head, state in pairs]
+        return torch.stack(losses).sum()
