@@ -12,7 +12,7 @@ from vtoken.eval.summary import Row
 
 
 def pareto_html(rows: Sequence[Row], *, script: bool = True) -> str:
-    """One line per reducer, with error bars, and the unpruned accuracy as a level.
+    """One line per reducer, with error bars; the unpruned accuracy as a level; the Pareto front in grey.
 
     Parameters
     ----------
@@ -27,6 +27,15 @@ def pareto_html(rows: Sequence[Row], *, script: bool = True) -> str:
         raise MissingExtraError("The report", "plotly") from None
     good = [row for row in rows if row.accuracy is not None and row.visual_per_layer is not None]
     figure = go.Figure()
+    front = pareto_front(good)
+    figure.add_scatter(
+        x=[row.visual_per_layer for row in front],
+        y=[100 * row.accuracy.value for row in front if row.accuracy],
+        name="Pareto front",
+        mode="lines",
+        line={"color": "rgba(0, 0, 0, .12)", "width": 12},
+        hoverinfo="skip",
+    )
     for reducer in dict.fromkeys(row.reducer for row in good if row.versus_unpruned):
         points = sorted((row for row in good if row.reducer == reducer), key=lambda row: row.visual_per_layer or 0)
         figure.add_scatter(**_trace(reducer, points))
@@ -43,6 +52,15 @@ def pareto_html(rows: Sequence[Row], *, script: bool = True) -> str:
         hovermode="closest",
     )
     return figure.to_html(full_html=False, include_plotlyjs=script, config={"displaylogo": False})
+
+
+def pareto_front(rows: Sequence[Row]) -> list[Row]:
+    """Rows that no other row beats with at most as many tokens, by number of tokens."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.visual_per_layer or 0, -(row.accuracy.value if row.accuracy else 0))):
+        if row.accuracy and (not front or row.accuracy.value > front[-1].accuracy.value):  # type: ignore[union-attr]
+            front.append(row)
+    return front
 
 
 def _trace(name: str, rows: Sequence[Row]) -> dict[str, Any]:

@@ -28,11 +28,10 @@ NARROW: dict[str, Callable[[Row], str]] = {
     "of all": lambda row: COLUMNS["retained"](row).removesuffix(" %"),
     "tokens": lambda row: _tokens(row).split(" ")[0],
     "ms": COLUMNS["prefill ms"],
-    "speed": COLUMNS["speed-up"],
-    "KV": COLUMNS["KV"],
+    "speed": lambda row: "" if row.speedup is None else f"{row.speedup:.1f}x",
+    "KV": lambda row: COLUMNS["KV"](row).removesuffix("iB").replace(" ", ""),
 }
-"""The same in 80 characters."""
-WIDE = 112  # characters that `COLUMNS` take
+"""The same for a terminal of 80 characters."""
 LEGEND = (
     "vs unpruned (diff): paired difference in points, exact McNemar p-value. retained (of all): % of the unpruned "
     "accuracy. tokens: visual tokens that enter the language model, mean per question; in brackets the mean over its "

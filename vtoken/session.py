@@ -31,6 +31,11 @@ from vtoken.reducers.base import Reducer
 from vtoken.stats import Stats
 from vtoken.tower import ITEM, VisionReader, VisionRecord, expand_items
 
+TWO_THREADS = (
+    "Two threads are running one wrapped model at the same time: give each thread its own copy, "
+    "or guard the calls with a lock."
+)
+
 
 class _Forward:
     """One forward pass of the outer module: a decode step (``kinds`` is None) or a prefill with new visual tokens."""
@@ -42,7 +47,6 @@ class _Forward:
         self.prefill: Prefill | None = None
         self.taps = contextlib.ExitStack()
         self.masks: dict[Any, Any] = {}
-        self.thread = threading.get_ident()
 
     def renumbered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the language model in a decode step: its position ids go on where compact ones ended."""
@@ -90,6 +94,8 @@ class Session:
                 raise ValueError(f"Reducer {reducer.name!r} wants layer {layer}, but the decoder has {depth} layers.")
         self.stats: Stats | None = None
         self._forward: _Forward | None = None
+        self._owner: int | None = None  # the thread whose forward pass is under way
+        self._claim = threading.Lock()
         self._announced: tuple[Tensor, VisionRecord] | None = None
         self._handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
@@ -146,10 +152,12 @@ class Session:
     # ------------------------------------------------------------------ vision side
     def _reading(self, modality: str, original: Callable) -> Callable:
         def read(*args: Any, **kwargs: Any) -> Any:
+            if self.reader.busy and self.reader.thread != threading.get_ident():
+                raise RuntimeError(TWO_THREADS)
             if self.reader.busy:
                 return original(*args, **kwargs)
             output, record = self.reader(original, modality, *args, **kwargs)
-            if self._forward is not None:
+            if self._forward is not None and self._owner == threading.get_ident():
                 self._forward.records[modality] = record
             return output
 
@@ -184,11 +192,7 @@ class Session:
 
     @torch.compiler.disable
     def _open_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self._forward is not None and self._forward.thread != threading.get_ident():
-            raise RuntimeError(
-                "Two threads are running one wrapped model at the same time: give each thread its own copy, "
-                "or guard the calls with a lock."
-            )
+        self._own()
         bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
         call = {**bound, **bound.get("kwargs", {})}
         self._forward = None
@@ -221,6 +225,14 @@ class Session:
             if (mask is None or two is not None) and not is_static(cache):
                 return args, {**kwargs, "attention_mask": state.mask2d(cache, 0, given.shape[1], mask)}
         return None
+
+    def _own(self) -> None:
+        """Claim the session for this thread until the language model has run."""
+        with self._claim:
+            running = self._owner in {thread.ident for thread in threading.enumerate()}
+            if running and self._owner != threading.get_ident():
+                raise RuntimeError(TWO_THREADS)
+            self._owner = threading.get_ident()
 
     @staticmethod
     def _check_cache(cache: Any, state: CacheState | None, given: Tensor) -> None:
@@ -271,6 +283,7 @@ class Session:
         self._announced = kinds, record
 
     def _open_bare(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        self._own()
         announced, self._announced = self._announced, None
         cache: Any = kwargs.get("past_key_values")
         embeds = kwargs.get("inputs_embeds")
@@ -383,17 +396,17 @@ class Session:
         )
 
     def _language_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        forward, self._forward = self._forward, None
-        if forward is None or forward.prefill is None:
-            return None
-        return self._close_prefill(forward, output)
+        return None if self._owner is None else self._close_forward(output)
 
     @torch.compiler.disable
-    def _close_prefill(self, forward: _Forward, output: Any) -> Any:
-        forward.taps.close()
-        if output is None:  # the forward raised
+    def _close_forward(self, output: Any) -> Any:
+        if self._owner != threading.get_ident():
+            return None  # this thread was refused
+        forward, self._forward, self._owner = self._forward, None, None
+        if forward is None or forward.prefill is None:
             return None
-        return forward.prefill.finish(output)  # type: ignore[union-attr]
+        forward.taps.close()
+        return None if output is None else forward.prefill.finish(output)  # no output: the forward raised
 
     # ------------------------------------------------------------------ decoder layers
     def _layer_pre(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

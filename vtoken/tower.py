@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ class VisionReader:
 
     def __init__(self, adapter: Adapter, reads: Sequence[EncoderRead], projector: bool) -> None:
         self.adapter, self.reads, self.projector = adapter, list(reads), projector
-        self.busy = False
+        self.busy, self.thread = False, 0
 
     def __call__(self, original: Callable, modality: str, *args: Any, **kwargs: Any) -> Any:
         if self.busy:  # Qwen3-VL: get_video_features calls get_image_features
@@ -89,7 +90,7 @@ class VisionReader:
         """Call ``run`` with the taps open: its result, the statistics and the projector's inputs, per call of each."""
         seen: dict[EncoderRead, list[Tensor]] = {read: [] for read in self.reads}
         inputs: list[Tensor] = []
-        self.busy = True
+        self.busy, self.thread = True, threading.get_ident()
         try:
             with contextlib.ExitStack() as stack:
                 self._open_taps(stack, seen)
@@ -169,8 +170,8 @@ def expand_items(lengths: list[int], counts: list[int]) -> list[int]:
     total = sum(lengths)
     if total == 0 or sum(counts) % total:
         raise NotImplementedError(
-            f"The prompt has {sum(counts)} visual tokens for {total} encoded ones: this transformers version adds tokens "
-            "after the encoder, which vtoken cannot place. Use a newer transformers (LLaVA-OneVision clips need one)."
+            f"The prompt has {sum(counts)} visual tokens for {total} encoded ones: this transformers version adds "
+            "tokens after encoding, which cannot be placed. Use a newer transformers (LLaVA-OneVision clips need one)."
         )
     times = sum(counts) // total if total else 1
     out: list[int] = []

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vtoken compare``: one table, three files, and no work done twice."""
 
+import io
 import json
 import re
 
@@ -121,3 +122,24 @@ def test_defaults_of_the_embedded_model_do_not_apply_to_others(monkeypatch):
     assert _defaults(embedded, none) == {}
     assert _defaults(real, none) == {"limit": None, "batch_size": 1}
     assert _defaults(real, {"limit": 5, "batch_size": 2}) == {}
+
+
+@pytest.mark.parametrize(("width", "header"), [(80, "of all"), (160, "accuracy % [95 % CI]")])
+def test_the_table_fits_the_terminal(width, header):
+    from rich.console import Console
+
+    from vtoken.cli.compare import _table
+    from vtoken.eval.statistics import Estimate, Paired
+    from vtoken.eval.summary import Row
+
+    place = {"cell": "c", "model": "mini-llava", "task": "mini", "documents": 320, "accuracy": Estimate(1.0, 0.95, 1.0)}
+    counts = {"visual_tokens": 144, "visual_kept": 144.0, "visual_per_layer": 120.5}
+    costs = {"prefill_ms": 140.1, "speedup": 12.34, "kv_bytes": 940_000}
+    versus = Paired(Estimate(-0.101, -0.2, -0.05), 0.0004, 40, 8)
+    row = Row(**place, **counts, **costs, reducer="todre (k_center)", keep=0.05, versus_unpruned=versus, retained=1.0)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(_table([row], console))
+    text = console.export_text()
+    assert header in text
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from vtoken.eval.plot import pareto_html
+from vtoken.eval.plot import pareto_front, pareto_html
 from vtoken.eval.render import COLUMNS, bytes_text, cells_of, failures
 from vtoken.eval.report import render_html, write_reports
 from vtoken.eval.statistics import Estimate
@@ -112,6 +112,15 @@ def test_everything_from_data_is_escaped():
     assert "<img src=x" not in page
     assert "<script>alert(2)" not in page
     assert "<img" not in pareto_html([row], script=False)
+
+
+def test_the_front_holds_what_nothing_beats():
+    def row(tokens, accuracy):
+        return Row("id", "m", "t", "x", 0.5, accuracy=Estimate(accuracy, 0, 1), visual_per_layer=tokens)
+
+    rows = [row(36, 0.7), row(7, 0.5), row(36, 0.8), row(72, 0.8), row(14, 0.4), row(144, 0.9)]
+    front = [(found.visual_per_layer, found.accuracy.value) for found in pareto_front(rows)]
+    assert front == [(7, 0.5), (36, 0.8), (144, 0.9)]
 
 
 def test_failed_rows_do_not_break_the_plot():

@@ -31,12 +31,6 @@ def kept(reducer, ctx) -> list[int]:
     return reducer.before_llm(ctx).keep[0].nonzero()[:, 0].tolist()
 
 
-def scored(ctx, read: EncoderRead, values: torch.Tensor):
-    """Give one statistic fixed values (I, N)."""
-    ctx.encoder = {**{r: ctx.encoder[r] for r in ()}, read: values}
-    return ctx
-
-
 # -------------------------------------------------------------------------------------------------------- controls
 def test_random_takes_other_tokens_with_another_seed_and_the_same_ones_in_any_batch():
     ctx = make_context(GRID)

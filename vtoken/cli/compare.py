@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -132,7 +133,7 @@ def _show(sweep: Sweep, cells: Sequence[Cell], store: Store) -> None:
     rows = summarize(cells, store)
     files = write_reports(rows, store.root, sweep.model_dump(mode="json"))
     console = out()
-    console.print(_table(rows, console.width))
+    console.print(_table(rows, console))
     for line in failures(rows):
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(LEGEND.format(batch=BATCH), style="dim", highlight=False)
@@ -141,17 +142,24 @@ def _show(sweep: Sweep, cells: Sequence[Cell], store: Store) -> None:
     console.print("Written: " + ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(rows: Sequence[Row], width: int) -> Table:
-    from vtoken.eval.render import COLUMNS, NARROW, WIDE, place_columns
+def _table(rows: Sequence[Row], console: Console) -> Table:
+    """The table, in the wide form if that fits."""
+    from vtoken.eval.render import COLUMNS, NARROW
 
-    places, columns = place_columns(rows), COLUMNS if width >= WIDE else NARROW
-    questions = max((row.documents for row in rows), default=0)
+    wide = _build_table(rows, COLUMNS)
+    needed = console.measure(wide, options=console.options.update(max_width=1000)).maximum
+    return wide if needed <= console.width else _build_table(rows, NARROW)
+
+
+def _build_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> Table:
+    from vtoken.eval.render import place_columns
+
+    places, questions = place_columns(rows), max((row.documents for row in rows), default=0)
     title = ", ".join(dict.fromkeys(f"{row.model} on {row.task}" for row in rows)) + f", {questions} questions"
-    space = (0, 2 if columns is COLUMNS else 1, 0, 0)
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=space)
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in (*places, *columns):
         left = name in (*places, "reducer") or name.startswith("accuracy")
-        table.add_column(escape(name), justify="left" if left else "right", no_wrap=True)
+        table.add_column(escape(name), justify="left" if left else "right", no_wrap=name != "reducer")
     for before, row in zip((None, *rows), rows, strict=False):
         if before is not None and before.reducer != row.reducer:
             table.add_section()

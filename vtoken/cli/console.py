@@ -15,7 +15,7 @@ FAILED = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
-PIPE_WIDTH = 140  # tables do not wrap in a file
+PIPE_WIDTH = 160  # tables do not wrap in a file
 
 
 def out() -> Console:

@@ -12,6 +12,8 @@ from vtoken.budget import share_out
 from vtoken.context import VisualContext
 from vtoken.sequence import gather
 
+NO_VIEW = -3  # no token carries it: -1 is a newline, -2 padding
+
 
 @dataclass(frozen=True)
 class Views:
@@ -96,9 +98,6 @@ def thumbnail(ctx: VisualContext) -> Tensor:
     number = [NO_VIEW if layout.thumbnail is None else layout.thumbnail for layout in ctx.layouts]
     inside = (ctx.view == torch.tensor(number, device=ctx.view.device)[:, None]) & ctx.candidates
     return torch.where(inside.any(1, keepdim=True), inside, ctx.candidates)
-
-
-NO_VIEW = -3  # no token carries it: -1 is a newline, -2 padding
 
 
 def grid(ctx: VisualContext) -> tuple[Tensor, Tensor]:
