@@ -22,9 +22,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vtoken.adapters import families as known_families
-from vtoken.cli.catalogue import describe
 from vtoken.eval.render import COLUMNS, cells_of
 from vtoken.eval.summary import Row, row_from
+
+from vtoken.cli.catalogue import describe
 from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,6 +9,7 @@ from typing import Any
 from vtoken.eval.cells import Cell
 from vtoken.eval.runner import Runner
 from vtoken.eval.tasksource import load_task
+
 from vtoken.profile import measure_prefill
 
 BATCH = 4  # prompts at once: enough that the arithmetic outweighs the overhead, few enough to be quick

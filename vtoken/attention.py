@@ -38,7 +38,7 @@ class _ConfigProxy:
         return BACKEND
 
 
-class _SeenEnough(Exception):
+class _SeenEnoughError(Exception):
     """Raised by the reader of `peek` to skip the attention itself."""
 
 
@@ -158,8 +158,8 @@ def peek(module: nn.Module, hidden: Tensor, position_embeddings: Any, rows: Tens
 
     def read(module: nn.Module, query: Tensor, key: Tensor, _: Tensor | None, kwargs: dict[str, Any]) -> None:
         box.append(attention_rows(module, query, key, mask, kwargs, rows))
-        raise _SeenEnough
+        raise _SeenEnoughError
 
-    with tap(module, read), contextlib.suppress(_SeenEnough):
+    with tap(module, read), contextlib.suppress(_SeenEnoughError):
         module(hidden_states=hidden, position_embeddings=position_embeddings, attention_mask=None, past_key_values=None)
     return box[0]

@@ -39,7 +39,7 @@ def check_keep(keep: object) -> Keep:
             raise ValueError(f"keep={keep} would leave no token: give a ratio in (0, 1] or a count of at least 1.")
     elif not 0 < keep <= 1:
         raise ValueError(
-            f"keep={keep} is not a ratio in (0, 1]: for a number of tokens per image write an int, keep={max(1, round(keep)) if keep == keep and abs(keep) != float('inf') else 64}."
+            f"keep={keep} is not a ratio in (0, 1]: write 0.25 for a quarter, an int such as 64 for a number of tokens."
         )
     return keep
 

@@ -20,7 +20,7 @@ from vtoken.stats import Stats
 
 Model = TypeVar("Model", bound=nn.Module)
 ATTRIBUTE = "_vtoken_session"
-POSITIONS = ("keep", "compact")
+POSITIONS = ("keep", "compact", "paper")
 BACKENDS = ("drop", "mask")
 
 
@@ -33,7 +33,7 @@ def wrap(
     model: Model,
     reducer: str | Mapping[str, Any] | Path | Reducer,
     *,
-    positions: str | None = None,
+    positions: str = "keep",
     backend: str = "drop",
     **params: Any,
 ) -> Model:
@@ -45,9 +45,8 @@ def wrap(
         A model that `vtoken.adapters` knows. It is changed in place, by hooks.
     reducer : str, mapping, Path or Reducer
         See `vtoken.get_reducer`.
-    positions : {"keep", "compact"}, optional
-        Keep the original position ids of kept tokens, or renumber them; by default what the reducer's authors do
-        where the model allows it.
+    positions : {"keep", "compact", "paper"}
+        Keep the original position ids of kept tokens, renumber them, or do what the reducer's authors do.
     backend : {"drop", "mask"}
         ``"mask"`` hides tokens instead of dropping them: nothing gets faster, the answers are the same.
     **params
@@ -68,10 +67,10 @@ def wrap(
     if (active := session_of(model)) is not None:
         raise ValueError(f"The model is wrapped already, with {active.reducer}: call vtoken.unwrap(model) first.")
     built = get_reducer(reducer, **params)
-    if positions is None:
-        positions = "keep"
     if positions not in POSITIONS:
         raise ValueError(f"positions={positions!r} is unknown: choose one of {', '.join(POSITIONS)}.")
+    if positions == "paper":
+        positions = built.positions
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
     session = Session(adapter_for(model), built, positions, backend)

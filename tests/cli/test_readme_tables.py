@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-
-import vtoken
 from vtoken.eval.statistics import Estimate, Paired
 from vtoken.eval.summary import Row
+
+import vtoken
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "readme_tables.py"
 

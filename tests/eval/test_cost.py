@@ -3,11 +3,11 @@
 
 import pytest
 import torch
-
-import vtoken
 from vtoken.eval.cost import first_inputs, measure_cells
 from vtoken.eval.runner import Runner
 from vtoken.eval.store import Store
+
+import vtoken
 from vtoken.profile import measure_prefill
 
 

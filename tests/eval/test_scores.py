@@ -4,7 +4,6 @@
 from types import SimpleNamespace
 
 import pytest
-
 from vtoken.eval.errors import EvalError
 from vtoken.eval.scores import flatten, main_metric
 

@@ -4,7 +4,6 @@
 import numpy as np
 import pytest
 from scipy import stats
-
 from vtoken.eval.statistics import accuracy, paired
 
 

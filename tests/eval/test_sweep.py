@@ -2,9 +2,8 @@
 """Sweep files: errors name file, key, value and what is allowed; the shipped ones are sound."""
 
 import pytest
-import yaml
-
 import vtoken.configs
+import yaml
 from vtoken.eval.cells import label
 from vtoken.eval.errors import EvalError
 from vtoken.eval.sweep import load_sweep, shipped_sweep

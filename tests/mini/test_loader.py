@@ -24,7 +24,7 @@ def test_weights_are_small_and_checked(tmp_path):
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match="are damaged .* install vtoken again"):
+    with pytest.raises(ValueError, match=r"are damaged .* install vtoken again"):
         check(copy)
     (copy / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="are damaged"):
@@ -55,15 +55,12 @@ def test_accuracy_on_held_out_questions():
     import itertools
 
     from PIL import Image
-
     from vtoken.eval.tasks.data import load_data
 
     data = load_data()
     model, processor = vtoken.mini.load()
     sample = list(itertools.islice(data.questions, 160))
-    chats = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q["text"]}]}] for q in sample
-    ]
+    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q["text"]}]}] for q in sample]
     prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     images = [Image.open(io.BytesIO(data.pictures[q["scene"]])) for q in sample]
     inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt", add_special_tokens=False)

@@ -275,6 +275,18 @@ def test_hiding_is_refused_where_it_is_not_dropping(family):
         vtoken.wrap(model, "random", keep=0.5, backend="mask")
 
 
+@pytest.mark.parametrize("name", ["fopru", "idpruner"])
+def test_positions_of_the_paper(name):
+    """FoPru renumbers, IDPruner keeps: "paper" follows the method."""
+    model, inputs = tiny.make("llava", (1,))
+    logits = {}
+    for positions_ in ("keep", "compact", "paper"):
+        with vtoken.reduce(model, name, keep=0.25, positions=positions_), torch.no_grad():
+            logits[positions_] = model(**inputs).logits
+    assert not torch.equal(logits["keep"], logits["compact"])
+    assert torch.equal(logits["paper"], logits["compact" if name == "fopru" else "keep"])
+
+
 def test_bfloat16_runs():
     model, inputs = tiny.make("llava", (1, 2))
     model.to(torch.bfloat16)
