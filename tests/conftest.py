@@ -1,8 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the whole suite."""
+"""Settings of the whole suite, and ``--families-report``: what the tests show about each family, as JSON."""
 
 from __future__ import annotations
 
+import json
+import platform
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
 import torch
+import transformers
+from features import FEATURE_OF, FEATURES, OUTCOMES
 
 torch.set_num_threads(1)  # the suite runs in one process per core
+
+
+def pytest_addoption(parser):
+    # a string: pytest-xdist sends the options to its workers, and cannot send a Path
+    parser.addoption("--families-report", metavar="PATH", help="write the outcomes by family and feature as JSON")
+
+
+def pytest_configure(config):
+    path = config.getoption("families_report")
+    if path and not hasattr(config, "workerinput"):  # under pytest-xdist: only where all reports arrive
+        config.pluginmanager.register(FamiliesReport(Path(path)))
+
+
+def pytest_collection_modifyitems(items):
+    """Family and feature travel with the reports of a test, also from the workers of pytest-xdist."""
+    for item in items:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        feature = FEATURE_OF.get(getattr(item, "originalname", item.name))
+        if family:
+            item.user_properties += [("family", family), ("feature", feature)]
+
+
+class FamiliesReport:
+    """Counts outcomes; a test counts once, and as failed if any of its phases failed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.outcomes: dict[str, tuple[str, str, str]] = {}
+
+    def pytest_runtest_logreport(self, report):
+        found = dict(report.user_properties)
+        failed_before = self.outcomes.get(report.nodeid, ("", "", ""))[2] == "failed"
+        feature = found.get("refused") or found.get("feature")
+        if not feature or failed_before or (report.when != "call" and report.passed):
+            return
+        outcome = "refused" if report.passed and "refused" in found else report.outcome
+        self.outcomes[report.nodeid] = (found["family"], feature, outcome)
+
+    def pytest_sessionfinish(self, exitstatus):
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return  # an interrupted run says nothing about the tests that it did not reach
+        counts: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
+        for family, feature, outcome in self.outcomes.values():
+            counts[family][feature][outcome] += 1
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions["transformers"] = transformers.__version__
+        families = {
+            family: {name: {what: found[name][what] for what in OUTCOMES} for name in FEATURES if name in found}
+            for family, found in sorted(counts.items())
+        }
+        text = json.dumps({"versions": versions, "families": families}, indent=1)
+        self.path.write_text(text + "\n", encoding="utf-8")

@@ -102,8 +102,9 @@ def test_prompt_lookup_assisted(family, plan):
 
 
 @pytest.mark.parametrize("positions", ["keep", "compact"])
-def test_static_cache_with_a_compiled_decode_step(positions):
-    model, inputs = tiny.make("llava", (1, 2), num_hidden_layers=3)
+@pytest.mark.parametrize("family", ["llava"])
+def test_static_cache_with_a_compiled_decode_step(family, positions):
+    model, inputs = tiny.make(family, (1, 2), num_hidden_layers=3)
     config = CompileConfig(backend="eager", mode=None, fullgraph=False)
     config._compile_all_devices = True
     with vtoken.reduce(model, PLANS["both"], positions=positions):
@@ -114,8 +115,9 @@ def test_static_cache_with_a_compiled_decode_step(positions):
     assert torch.equal(found, wanted)
 
 
-def test_torch_compile_of_the_model():
-    model, inputs = tiny.make("llava", (1, 2), num_hidden_layers=3)
+@pytest.mark.parametrize("family", ["llava"])
+def test_torch_compile_of_the_model(family):
+    model, inputs = tiny.make(family, (1, 2), num_hidden_layers=3)
     with vtoken.reduce(model, PLANS["both"]), torch.no_grad():
         wanted = model(**inputs).logits
         torch._dynamo.reset()
@@ -187,10 +189,11 @@ def test_gradient_checkpointing(family, plan):
 
 @pytest.mark.parametrize("name", ["fopru", "fastv", "tome", "pyramiddrop"])
 @pytest.mark.parametrize("first", ["wrap", "offload"])
-def test_accelerate_offload_hooks(name, first):
+@pytest.mark.parametrize("family", ["llava"])
+def test_accelerate_offload_hooks(family, name, first):
     """Weights on the meta device, loaded for each call by accelerate's hooks, which replace ``module.forward``."""
     accelerate = pytest.importorskip("accelerate")
-    model, inputs = tiny.make("llava", (1, 2))
+    model, inputs = tiny.make(family, (1, 2))
     with vtoken.reduce(model, name, keep=0.4):
         wanted = generate(model, inputs)
     if first == "wrap":
@@ -205,14 +208,15 @@ def test_accelerate_offload_hooks(name, first):
 
 @plans
 @pytest.mark.parametrize("first", ["wrap", "peft"])
-def test_peft(plan, first):
+@pytest.mark.parametrize("family", ["llava"])
+def test_peft(family, plan, first):
     peft = pytest.importorskip("peft")
-    model, inputs = tiny.make("llava", (1, 2))
+    model, inputs = tiny.make(family, (1, 2))
     config = peft.LoraConfig(target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=False)
     answers = []
     for _ in range(2):
         torch.manual_seed(0)
-        model, inputs = tiny.make("llava", (1, 2))
+        model, inputs = tiny.make(family, (1, 2))
         if first == "wrap":
             vtoken.wrap(model, PLANS[plan])
         tuned = peft.get_peft_model(model, config).eval()
@@ -253,11 +257,12 @@ def test_flash_attention_2(family, batch, plan, monkeypatch):
 
 
 @plans
-def test_flash_attention_2_in_a_second_turn(plan, monkeypatch):
+@pytest.mark.parametrize("family", ["llava"])
+def test_flash_attention_2_in_a_second_turn(family, plan, monkeypatch):
     """Fewer queries than keys and position ids with gaps must not be taken for packed sequences."""
     answers = []
     for use_flash in (False, True):
-        model, inputs = tiny.make("llava", (1,))
+        model, inputs = tiny.make(family, (1,))
         if use_flash:
             flash.install(monkeypatch, model)
         with vtoken.reduce(model, PLANS[plan]):
@@ -269,8 +274,10 @@ def test_flash_attention_2_in_a_second_turn(plan, monkeypatch):
     same(*answers)
 
 
-def test_flash_attention_beyond_a_sliding_window_is_refused(monkeypatch):
-    model, inputs = tiny.make("cohere2_vision", (1,))
+@pytest.mark.parametrize("family", ["cohere2_vision"])
+def test_flash_attention_beyond_a_sliding_window_is_refused(family, monkeypatch, record_property):
+    record_property("refused", "FA2 (emulated)")
+    model, inputs = tiny.make(family, (1,))
     flash.install(monkeypatch, model)
     with vtoken.reduce(model, PLANS["before"]), pytest.raises(NotImplementedError, match="sliding window of 14"):
         generate(model, inputs, 2)

@@ -195,17 +195,22 @@ def test_a_second_image_on_the_pruned_cache(family, plan):
     torch.testing.assert_close(answers[0], answers[1], **TOLERANCE)
 
 
+@pytest.mark.parametrize("what", ["several turns", "static cache"])
 @pytest.mark.parametrize("family", tiny.SLIDING)
-def test_sliding_windows_are_exact_or_refused(family):
+def test_sliding_windows_are_exact_or_refused(family, what, record_property):
     """Beyond the window, a first prompt with a dynamic cache is exact (tests above); the rest is refused."""
+    record_property("refused", what)
     model, inputs = tiny.make(family, (1,))
     with vtoken.reduce(model, PLANS["both"]):
         first = generate(model, inputs, 4, return_dict_in_generate=True)
         turn = longer_prompt(inputs, torch.cat([first.sequences, first.sequences[:, :3]], 1))
+        later = {
+            "several turns": (turn, {"past_key_values": first.past_key_values}),
+            "static cache": (inputs, {"cache_implementation": "static"}),
+        }
+        arguments, options = later[what]
         with pytest.raises(NotImplementedError, match="sliding window of 14 tokens"):
-            generate(model, turn, past_key_values=first.past_key_values)
-        with pytest.raises(NotImplementedError, match="sliding window of 14 tokens"):
-            generate(model, inputs, cache_implementation="static")
+            generate(model, arguments, **options)
 
 
 @pytest.mark.parametrize("family", MASKABLE)
@@ -225,7 +230,7 @@ def test_labels_give_the_loss_of_the_shortened_sequence(family):
 
 
 @every_family
-def test_compact_positions_renumber(family):
+def test_compact_positions_renumber(family, record_property):
     """Compact ids equal a run on the kept rows alone with ids from the first one, or are refused with a sentence."""
     model, inputs = tiny.make(family, (1,))
     seen = []
@@ -237,6 +242,8 @@ def test_compact_positions_renumber(family):
     generate(model, inputs, 1)
     handle.remove()
     mrope = seen[0].dim() == 3
+    if mrope:
+        record_property("refused", "compact positions")
     expected = pytest.raises(NotImplementedError, match="M-RoPE") if mrope else contextlib.nullcontext()
     with vtoken.reduce(model, PLANS["before"], positions="compact"), expected:
         handle = language_model(model).register_forward_pre_hook(record, with_kwargs=True)
@@ -287,8 +294,9 @@ def test_positions_of_the_paper(name):
     assert torch.equal(logits["paper"], logits["compact" if name == "fopru" else "keep"])
 
 
-def test_bfloat16_runs():
-    model, inputs = tiny.make("llava", (1, 2))
+@pytest.mark.parametrize("family", tiny.CORE)
+def test_bfloat16_runs(family):
+    model, inputs = tiny.make(family, (1, 2))
     model.to(torch.bfloat16)
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
     with vtoken.reduce(model, "fopru", keep=0.5):

@@ -42,7 +42,7 @@ def test_merged_features(family):
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
-def test_clips(family):
+def test_shorter_clips(family):
     compare(family, PLANS["before"], video=True)
 
 
