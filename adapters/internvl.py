@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
 from vtoken.adapters.base import equal_views, grid_shares
 from vtoken.adapters.tiles import TilesAdapter
-
 from vtoken.context import ItemLayout
 from vtoken.sequence import run_lengths
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
 from vtoken.adapters.base import Adapter, equal_views, square_side
 from vtoken.adapters.internvl import join_tiles, tile_shares
-
 from vtoken.attention import Reader, tap_fused
 from vtoken.context import ItemLayout
 from vtoken.tower import VisionRecord

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vtoken.adapters.base import Adapter, single_view
 
+from vtoken.adapters.base import Adapter, single_view
 from vtoken.context import ItemLayout
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
+
 from vtoken.adapters.base import grid_shares
 from vtoken.adapters.llava import LlavaAdapter
-
 from vtoken.context import NEWLINE, ItemLayout
 
 

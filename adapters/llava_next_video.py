@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+
 from vtoken.adapters.base import equal_views
 from vtoken.adapters.llava_next import LlavaNextAdapter
-
 from vtoken.compat import clip_pixels
 from vtoken.context import ItemLayout
 

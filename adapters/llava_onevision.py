@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vtoken.adapters.base import equal_views
 from vtoken.adapters.llava_next import LlavaNextAdapter
-
 from vtoken.compat import clip_pixels
 from vtoken.context import ItemLayout
 

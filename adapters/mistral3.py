@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 from vtoken.adapters.base import Adapter, single_view
-
 from vtoken.context import ItemLayout
 
 

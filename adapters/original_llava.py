@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from vtoken.adapters.base import Adapter, square_side
 
+from vtoken.adapters.base import Adapter, square_side
 from vtoken.context import NEWLINE, ItemLayout
 from vtoken.tower import VisionRecord
 

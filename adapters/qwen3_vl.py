@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vtoken.adapters.qwen_vl import QwenVLAdapter
 
+from vtoken.adapters.qwen_vl import QwenVLAdapter
 from vtoken.sequence import gather
 
 if TYPE_CHECKING:

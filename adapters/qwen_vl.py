@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from vtoken.adapters.base import Adapter, equal_views
 
+from vtoken.adapters.base import Adapter, equal_views
 from vtoken.compat import vision_window_index
 from vtoken.context import ItemLayout
 

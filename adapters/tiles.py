@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
-from vtoken.adapters.base import Adapter, equal_views, square_side
 
+from vtoken.adapters.base import Adapter, equal_views, square_side
 from vtoken.context import ItemLayout
 
 

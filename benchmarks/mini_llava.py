@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
-from vtoken.eval.tasks.data import load_data
 
 import vtoken
 import vtoken.mini
+from vtoken.eval.tasks.data import load_data
 
 RESULT = Path(__file__).parent / "results" / "mini_llava.json"
 BATCH = 50

@@ -3,7 +3,9 @@
 
 What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated:
 
-- ``reducers``, ``families``: from the registry and the adapters;
+- ``reducers``: from the registry;
+- ``families``: the adapters, and ``benchmarks/results/families.json``, what the tests show about each family
+  (``pytest tests/session tests/adapters --families-report benchmarks/results/families.json``);
 - ``mini``: ``benchmarks/results/mini_llava.json``, what the embedded model can do;
 - ``NAME``: ``benchmarks/results/NAME.json``, a ``results.json`` of ``vtoken compare``;
 - ``NAME/kinds``, ``NAME/note``: the same file, accuracy by kind of question, and how it was made.
@@ -17,20 +19,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import runpy
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vtoken.adapters import families as known_families
+from vtoken.cli.catalogue import describe
 from vtoken.eval.render import COLUMNS, cells_of
 from vtoken.eval.summary import Row, row_from
-
-from vtoken.cli.catalogue import describe
 from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w./-]+) -->\n?).*?(<!-- /table -->)", re.S)
 SIGNIFICANT = 0.05
+NO_TEST = "\N{EN DASH}"
+LEGEND = (
+    f"✓ tests pass, {NO_TEST} no test, refused: a test finds the sentence that refuses it. Tiny models with random "
+    "weights, transformers {transformers}, torch {torch}, no GPU."
+)
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
@@ -50,13 +57,34 @@ def catalogue() -> str:
     return markdown(("reducer", "what it does", "acts", "needs", "paper"), rows, text_columns=5)
 
 
-def families() -> str:
-    """The adapters and the model types they serve."""
+def families(report: dict) -> str:
+    """The adapters with the model types they serve, and what the tests show about each of the types."""
     adapters: dict[type, list[str]] = {}
     for model_type, adapter in known_families().items():
         adapters.setdefault(adapter, []).append(f"`{model_type}`")
     rows = [(", ".join(types), _first_line(adapter)) for adapter, types in adapters.items()]
-    return markdown(("`config.model_type`", "what it is"), rows, text_columns=2)
+    served = markdown(("`config.model_type`", "what it is"), rows, text_columns=2)
+    return f"{served}\n{evidence(report['families'])}\n{LEGEND.format(**report['versions'])}\n"
+
+
+def evidence(tested: dict[str, dict]) -> str:
+    """Families x features: the types that the adapters serve, then what was tested besides."""
+    known = known_families()
+    names = [*known, *(name for name in tested if name not in known)]
+    columns = runpy.run_path(str(ROOT / "tests" / "support" / "features.py"))["FEATURES"]
+    features = [name for name in columns if any(name in found for found in tested.values())]
+    rows = [[f"`{name}`", *(mark(tested.get(name, {}).get(feature)) for feature in features)] for name in names]
+    return markdown(["family", *features], rows)
+
+
+def mark(counts: dict[str, int] | None) -> str:
+    """A cell: green needs a test that passed and none that failed; a skipped test shows nothing."""
+    counts = counts or {}
+    if counts.get("failed"):
+        return "✗"
+    if counts.get("passed"):
+        return "✓ / refused" if counts.get("refused") else "✓"
+    return "refused" if counts.get("refused") else NO_TEST
 
 
 def _first_line(adapter: type) -> str:
@@ -104,14 +132,14 @@ def table(name: str, results: Path) -> str:
     """The generated text of one block."""
     if name == "reducers":
         return catalogue()
-    if name == "families":
-        return families()
     file, _, part = name.partition("/")
     path = results / ("mini_llava.json" if name == "mini" else f"{file}.json")
     if part not in ("", "kinds", "note") or not path.is_file():
         raise SystemExit(f"README.md asks for table:{name}, but there is no {path} for it.")
     if name == "mini":
         return mini(results)
+    if name == "families":
+        return families(json.loads(path.read_text()))
     data = json.loads(path.read_text())
     if part == "note":
         return note(data)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from vtoken.eval.errors import EvalError, unknown
-from vtoken.eval.loading import ModelSpec
 
 from vtoken import get_reducer
+from vtoken.eval.errors import EvalError, unknown
+from vtoken.eval.loading import ModelSpec
 from vtoken.reducers.base import Reducer
 
 MODEL = tuple(field.name for field in dataclasses.fields(ModelSpec))

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vtoken.budget import Keep
 from vtoken.eval.loading import ModelSpec, model_type, weights_id
 from vtoken.eval.provenance import foreign_code, versions
 from vtoken.eval.tasksource import TaskRef
-
-from vtoken.budget import Keep
 from vtoken.reducers.base import KeepReducer, Reducer
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vtoken.adapters import families
-from vtoken.eval.errors import EvalError, unknown
 
 from vtoken import mini
+from vtoken.adapters import families
+from vtoken.eval.errors import EvalError, unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "tokenizer.model")

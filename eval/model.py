@@ -17,13 +17,13 @@ from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
+
+import vtoken
 from vtoken.eval.arguments import positive_int, split_arguments
 from vtoken.eval.counts import SampleCounts, Visual, count_pruned, count_unpruned
 from vtoken.eval.generation import cut_at, generation_options
 from vtoken.eval.loading import ModelSpec, load_model
 from vtoken.eval.samplelog import SampleLog
-
-import vtoken
 from vtoken.reducers.base import Reducer
 from vtoken.wrapping import session_of
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vtoken.budget import Keep, check_keep
 from vtoken.eval.arguments import read_reducer
 from vtoken.eval.cells import Cell, grid, with_keeps
 from vtoken.eval.errors import EvalError, unknown
 from vtoken.eval.loading import ModelSpec
 from vtoken.eval.tasksource import resolve_tasks
-
-from vtoken.budget import Keep, check_keep
 from vtoken.reducers.base import Reducer
 
 

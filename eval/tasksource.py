@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from vtoken.eval.errors import unknown
 from vtoken.eval.harness import require, task_manager, task_object
 from vtoken.eval.tasks import FOLDER, bundled_tasks

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 from lmms_eval.api.task import ConfigurableMessagesTask
 from PIL import Image
+
 from vtoken.eval.tasks.data import load_data
 
 

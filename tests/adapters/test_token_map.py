@@ -15,9 +15,9 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageP
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
 from transformers.models.llava_onevision.image_processing_llava_onevision import LlavaOnevisionImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-from vtoken.adapters import adapter_for
 
 import vtoken
+from vtoken.adapters import adapter_for
 
 SQUARE = {"height": tiny.SIDE, "width": tiny.SIDE}
 NORM = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 from typer.testing import CliRunner
-from vtoken.eval import harness
 
 from vtoken.cli import app
+from vtoken.eval import harness
 
 CASES = {
     "unknown reducer": (["-r", "foprue"], "Unknown reducer 'foprue': did you mean 'fopru'?"),

@@ -22,10 +22,15 @@ def results(out):
     return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("cells/*/result.json")}
 
 
+def hear_interrupts():
+    """A suite that runs in the background of a shell inherits that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_an_interrupt_loses_no_finished_cell(checkpoint, private_cache, tmp_path):
     out = tmp_path / "out"
-    running = subprocess.Popen(command(checkpoint, out), stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command(checkpoint, out), stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
     deadline = time.monotonic() + 300
     while len(results(out)) < 2 and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

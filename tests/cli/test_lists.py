@@ -3,10 +3,10 @@
 
 import pytest
 from typer.testing import CliRunner
-from vtoken.eval.tasks import bundled_tasks
 
 import vtoken
 from vtoken.cli import app, catalogue, tasks
+from vtoken.eval.tasks import bundled_tasks
 
 
 def test_lists_every_reducer():

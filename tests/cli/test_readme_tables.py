@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from vtoken.eval.statistics import Estimate, Paired
-from vtoken.eval.summary import Row
 
 import vtoken
+from vtoken.eval.statistics import Estimate, Paired
+from vtoken.eval.summary import Row
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "readme_tables.py"
 
@@ -21,6 +21,10 @@ def script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def outcomes(**counts):
+    return {"passed": 0, "failed": 0, "skipped": 0, "refused": 0, **counts}
 
 
 @pytest.fixture
@@ -47,6 +51,12 @@ def project(tmp_path):
     (results / "compare.json").write_text(json.dumps({"rows": [asdict(row) for row in rows], "made_with": made}))
     blind = {"accuracy": 0.3, "by_kind": {"color": 0.2, "digit": 0.1}}
     (results / "mini_llava.json").write_text(json.dumps({"conditions": {"blind": blind}}))
+    counts = {
+        "llava": {"beams": outcomes(passed=2), "clips": outcomes(passed=3, failed=1), "PEFT": outcomes(skipped=1)},
+        "llava_next": {"beams": outcomes(passed=1, refused=1), "clips": outcomes(refused=1), "PEFT": outcomes()},
+    }
+    versions = {"python": "3.11", "torch": "2.15", "transformers": "5.23"}
+    (results / "families.json").write_text(json.dumps({"versions": versions, "families": counts}))
     names = ("compare", "compare/kinds", "reducers", "families", "mini")
     blocks = "".join(f"<!-- table:{name} -->\nold\n<!-- /table -->\n" for name in names)
     blocks += "(<!-- table:compare/note -->old<!-- /table -->)\n"
@@ -64,6 +74,12 @@ def test_writes_all_tables_and_nothing_else(script, project):
     assert "| unpruned |  | 90 | 80 |" in text
     assert "| blind | **30.0** | 20 | 10 |" in text
     assert "| `llava`, `vipllava` |" in text
+    assert "| family | beams | clips | PEFT |" in text
+    none = script.NO_TEST
+    assert f"| `llava` | ✓ | ✗ | {none} |" in text, "green needs a pass and no failure"
+    assert f"| `llava_next` | ✓ / refused | refused | {none} |" in text
+    assert f"| `vipllava` | {none} | {none} | {none} |" in text, "served, but not tested"
+    assert "transformers 5.23, torch 2.15" in text
     assert (
         "(<!-- table:compare/note -->320 questions, 2 CPU threads, torch 2.15, transformers 5.23<!-- /table -->)"
         in text
@@ -90,6 +106,7 @@ def test_impossible_tables(script, project, text, sentence):
 
 
 def test_the_readme_of_this_project_is_fresh(script):
-    if not (script.ROOT / "benchmarks" / "results" / "compare.json").is_file():
+    results = script.ROOT / "benchmarks" / "results"
+    if not all((results / f"{name}.json").is_file() for name in ("compare", "mini_llava", "families")):
         pytest.skip("nothing measured yet")
     assert script.main(["--check"]) == 0

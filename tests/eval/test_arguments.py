@@ -2,6 +2,7 @@
 """``--model_args``: every argument has an owner, or there is a sentence."""
 
 import pytest
+
 from vtoken.eval.arguments import positive_int, split_arguments
 
 

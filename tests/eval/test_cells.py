@@ -5,11 +5,11 @@ import dataclasses
 import json
 
 import pytest
+
+import vtoken
 from vtoken.eval.cells import grid, label, with_keeps
 from vtoken.eval.loading import ModelSpec
 from vtoken.eval.tasksource import resolve_tasks
-
-import vtoken
 from vtoken.reducers.base import ScoreReducer
 
 CHANGES = {

@@ -3,11 +3,11 @@
 
 import pytest
 import torch
+
+import vtoken
 from vtoken.eval.cost import first_inputs, measure_cells
 from vtoken.eval.runner import Runner
 from vtoken.eval.store import Store
-
-import vtoken
 from vtoken.profile import measure_prefill
 
 
@@ -72,6 +72,16 @@ def test_a_failing_reducer_leaves_no_hook_behind(runner, make_cell, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         measure_prefill(model.model, cell.reducer, inputs)
     assert hooks(model, inputs) == before
+
+
+def test_a_cell_that_cannot_be_measured_keeps_its_accuracy(runner, make_cell, monkeypatch):
+    cells = [make_cell("random", keep=0.25), make_cell("uniform", keep=0.25)]
+    runner.run(cells)
+    monkeypatch.setattr(vtoken.Random, "select", lambda self, ctx, budget: 1 / 0)
+    assert measure_cells(cells, runner) == {cells[0]: "division by zero"}
+    assert runner.store.profile(cells[0].id) is None
+    assert runner.store.profile(cells[1].id) is not None
+    assert runner.store.result(cells[0].id) is not None
 
 
 def test_only_finished_cells_are_measured_and_only_once(runner, make_cell):

@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from vtoken.eval.tasks import bundled_tasks, data
 
+from vtoken.eval.tasks import bundled_tasks, data
 from vtoken.mini.questions import KINDS
 from vtoken.mini.world import IMAGE, VERSION
 

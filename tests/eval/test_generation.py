@@ -2,6 +2,7 @@
 """Generation arguments: greedy unless asked, stop strings honoured."""
 
 import pytest
+
 from vtoken.eval.generation import DEFAULT_MAX_NEW_TOKENS, cut_at, generation_options
 
 

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
+
+import vtoken
 from vtoken.eval import harness
 from vtoken.eval.errors import EvalError, MissingExtraError
 from vtoken.eval.loading import ModelSpec
 from vtoken.eval.tasksource import load_task, resolve_tasks
-
-import vtoken
 
 FRESH = """
 import json, sys, warnings

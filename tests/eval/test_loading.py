@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import safetensors.torch
+
 from vtoken.eval.errors import EvalError
 from vtoken.eval.loading import ModelSpec, load_model, model_type, weights_id
 

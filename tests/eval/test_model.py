@@ -4,12 +4,12 @@
 from types import SimpleNamespace
 
 import pytest
+
+import vtoken
 from vtoken.eval.harness import load_harness
 from vtoken.eval.loading import ModelSpec
 from vtoken.eval.samplelog import SampleLog
 from vtoken.eval.tasksource import load_task
-
-import vtoken
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from vtoken.eval.harness import load_harness
 from vtoken.eval.plugin import manifests
 from vtoken.eval.tasks import FOLDER

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+
 from vtoken.eval.plot import pareto_front, pareto_html
 from vtoken.eval.render import COLUMNS, bytes_text, cells_of, failures
 from vtoken.eval.report import render_html, write_reports

@@ -2,11 +2,11 @@
 """Cells are run once, resumed in their middle, and fail without a score."""
 
 import pytest
+
+import vtoken
 from vtoken.eval.runner import Listener, Runner
 from vtoken.eval.store import ANSWERS, Store
 from vtoken.eval.summary import summarize
-
-import vtoken
 
 
 @pytest.fixture

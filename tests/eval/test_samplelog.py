@@ -2,6 +2,7 @@
 """The log of answers survives what a kill leaves behind."""
 
 import pytest
+
 from vtoken.eval.samplelog import SampleLog
 
 

@@ -4,6 +4,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from vtoken.eval.errors import EvalError
 from vtoken.eval.scores import flatten, main_metric
 

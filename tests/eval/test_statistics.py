@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 from scipy import stats
+
 from vtoken.eval.statistics import accuracy, paired
 
 

@@ -4,6 +4,7 @@
 import os
 
 import pytest
+
 from vtoken.eval.errors import EvalError
 from vtoken.eval.store import ANSWERS, RESULT, SAMPLES, Store, write_atomic
 

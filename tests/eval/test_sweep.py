@@ -2,8 +2,9 @@
 """Sweep files: errors name file, key, value and what is allowed; the shipped ones are sound."""
 
 import pytest
-import vtoken.configs
 import yaml
+
+import vtoken.configs
 from vtoken.eval.cells import label
 from vtoken.eval.errors import EvalError
 from vtoken.eval.sweep import load_sweep, shipped_sweep

@@ -55,6 +55,7 @@ def test_accuracy_on_held_out_questions():
     import itertools
 
     from PIL import Image
+
     from vtoken.eval.tasks.data import load_data
 
     data = load_data()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-from vtoken.adapters import adapter_for
 
 import vtoken
+from vtoken.adapters import adapter_for
 from vtoken.encoder import EncoderRead
 from vtoken.reducers.base import Reducer
 

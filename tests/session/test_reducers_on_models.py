@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 from oracles import TOLERANCE, alone
-from vtoken.adapters import adapter_for
 
 import vtoken
+from vtoken.adapters import adapter_for
 from vtoken.encoder import NEEDS_CLS
 from vtoken.reducers.base import KeepReducer
 

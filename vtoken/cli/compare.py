@@ -120,8 +120,10 @@ def _run(cells: Sequence[Cell], store: Store) -> list[Cell]:
             if todo:
                 runner.model(todo[0])  # a model that cannot be loaded is wrong input
         outcome = runner.run(cells)
-        measure_cells(cells, runner, before=progress.measured)
-    return outcome.failed
+        unmeasured = measure_cells(cells, runner, before=progress.measured)
+    for cell, why in unmeasured.items():
+        err().print(f"The cost of {cell.label} could not be measured: {why}", markup=False, highlight=False)
+    return [*outcome.failed, *unmeasured]
 
 
 def _show(sweep: Sweep, cells: Sequence[Cell], store: Store) -> None:

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import pytest
+
+import vtoken
 from vtoken.eval.cells import Cell
 from vtoken.eval.loading import ModelSpec, model_type, weights_id
 from vtoken.eval.tasksource import resolve_tasks
-
-import vtoken
 from vtoken.mini.model import build_model, build_processor
 
 
