@@ -205,16 +205,20 @@ class VisualContext:
     def after(self, cut: Cut) -> VisualContext:
         """The context that a later stage of a chain sees: dropped tokens are no longer visual, the length stays."""
         stays = self.per_token(cut.keep, False)
-        hidden = self.hidden
-        if cut.features is not None:
-            hidden = torch.where(stays[..., None], self.per_token(cut.features.to(hidden.dtype)), hidden)
         return replace(
             self,
-            hidden=hidden,
+            hidden=self.rewritten(cut),
             item=self.item.masked_fill(~stays, -1),
             slot=self.slot.masked_fill(~stays, -1),
             sizes=self.sizes if cut.sizes is None else cut.sizes,
         )
+
+    def rewritten(self, cut: Cut) -> Tensor:
+        """(B, S, D): the hidden states with the features that the cut gives to the tokens it keeps."""
+        if cut.features is None:
+            return self.hidden
+        stays = self.per_token(cut.keep, False)
+        return torch.where(stays[..., None], self.per_token(cut.features.to(self.hidden.dtype)), self.hidden)
 
     def text_embeddings(self) -> tuple[Tensor, Tensor]:
         """Text states of each row, right aligned: (B, T, D) and their validity (B, T)."""

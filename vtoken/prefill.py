@@ -264,9 +264,7 @@ class Prefill:
         if cut is None:
             return ctx.visual | ctx.text
         keep = ctx.per_token(cut.keep, False)
-        if cut.features is not None:
-            new = ctx.per_token(cut.features.to(ctx.hidden.dtype))
-            ctx.hidden = torch.where((keep & ctx.visual)[..., None], new, ctx.hidden)
+        ctx.hidden = ctx.rewritten(cut)
         if cut.sizes is not None:
             ctx.sizes = cut.sizes
         return keep | ctx.text

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from vtoken.adapters import Adapter, adapter_for
 from vtoken.adapters.base import MODALITIES
-from vtoken.context import Cut, VisualContext
 from vtoken.encode import encode, real_tokens
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
 from vtoken.sequence import compact, gather
 from vtoken.session import Session
-from vtoken.tower import ITEM
+from vtoken.tower import ITEM, feature_list
 from vtoken.wrapping import session_of
 
 TYPES = ("mm_token_type_ids", "token_type_ids")
@@ -67,12 +66,12 @@ def shorten(
     ids = inputs["input_ids"]
     kinds, embeds = adapter.modality(ids, None), model.get_input_embeddings()(ids).clone()  # type: ignore[operator]
     for modality, output in outputs.items():
-        rows = _flat(output.pooler_output)
+        rows = torch.cat(feature_list(output))
         embeds[kinds == MODALITIES[modality]] = rows.to(embeds.dtype)
     ctx = session.context(kinds, records, embeds, real_tokens(inputs))
     cut = None if built.is_identity else built.before_llm(ctx)
     keep = ctx.text | (ctx.visual if cut is None else ctx.per_token(cut.keep, False))
-    hidden = _rewritten(ctx, cut)
+    hidden = ctx.hidden if cut is None else ctx.rewritten(cut)
     for modality, output in outputs.items():
         here = kinds == MODALITIES[modality]
         output = type(output)(**{name: value for name, value in output.items() if name != ITEM})
@@ -98,19 +97,6 @@ def _check(model: nn.Module, adapter: Adapter, reducer: Reducer) -> None:
         )
 
 
-def _flat(features: Any) -> Tensor:
-    """All feature rows (T, D), whatever the container."""
-    parts = [features] if isinstance(features, Tensor) else features
-    return torch.cat([part.flatten(0, -2) for part in parts])
-
-
-def _rewritten(ctx: VisualContext, cut: Cut | None) -> Tensor:
-    if cut is None or cut.features is None:
-        return ctx.hidden
-    stays = ctx.per_token(cut.keep, False)
-    return torch.where(stays[..., None], ctx.per_token(cut.features.to(ctx.hidden.dtype)), ctx.hidden)
-
-
 def _cut_features(output: Any, rows: Tensor, keep: Tensor) -> None:
     """Replace the features of an encoder's output by the kept ``rows`` of (T, D)."""
 
@@ -122,7 +108,7 @@ def _cut_features(output: Any, rows: Tensor, keep: Tensor) -> None:
 
     output.pooler_output = same_kind(output.pooler_output, rows[keep])
     if (deepstack := getattr(output, "deepstack_features", None)) is not None:
-        output.deepstack_features = [same_kind(layer, _flat(layer)[keep]) for layer in deepstack]
+        output.deepstack_features = [same_kind(layer, torch.cat(feature_list(layer))[keep]) for layer in deepstack]
 
 
 def _shorter(model: Any, inputs: Mapping[str, Any], keep: Tensor) -> dict[str, Tensor]:
