@@ -128,7 +128,7 @@ def test_defaults_of_the_embedded_model_do_not_apply_to_others(monkeypatch):
 def test_the_table_fits_the_terminal(width, header):
     from rich.console import Console
 
-    from vtoken.cli.compare import _table
+    from vtoken.cli.cells import build_table
     from vtoken.eval.statistics import Estimate, Paired
     from vtoken.eval.summary import Row
 
