@@ -138,7 +138,7 @@ def test_the_table_fits_the_terminal(width, header):
     versus = Paired(Estimate(-0.101, -0.2, -0.05), 0.0004, 40, 8)
     row = Row(**place, **counts, **costs, reducer="todre (k_center)", keep=0.05, versus_unpruned=versus, retained=1.0)
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(_table([row], console))
+    console.print(build_table([row], console))
     text = console.export_text()
     assert header in text
     assert "…" not in text

@@ -71,7 +71,7 @@ def show_cells(cells: Sequence[Cell], store: Store, sweep: Mapping[str, Any]) ->
     rows = summarize(cells, store)
     files = write_reports(rows, store.root, sweep)
     console = out()
-    console.print(_table(rows, console))
+    console.print(build_table(rows, console))
     for line in failures(rows):
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(LEGEND.format(batch=BATCH), style="dim", highlight=False)
