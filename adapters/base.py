@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from vtoken.attention import Reader, tap
 from vtoken.context import NEWLINE, ItemLayout
@@ -71,6 +72,53 @@ class Adapter:
         """The attention module of a decoder layer."""
         return layer.self_attn
 
+    def has_attention(self, layer: Any) -> bool:
+        """Whether a decoder layer attends; recurrent layers do not."""
+        return hasattr(layer, "self_attn")
+
+    def query_projections(self, layer: Any) -> list[nn.Module]:
+        """The row-wise modules of a decoder layer's attention that a row needs only if it attends itself."""
+        block = self.attention(layer)
+        return [getattr(block, name) for name in ("q_proj", "o_proj") if hasattr(block, name)]
+
+    def ffn(self, layer: Any) -> nn.Module:
+        """The feed-forward network of a decoder layer.
+
+        Raises
+        ------
+        NotImplementedError
+            If the layer has none that is a module of its own.
+        """
+        if not isinstance(found := getattr(layer, "mlp", None), nn.Module):
+            raise NotImplementedError(
+                f"{type(layer).__name__} has no feed-forward network under the name mlp: use a reducer that drops "
+                "tokens, or one that leaves the feed-forward networks alone."
+            )
+        return found
+
+    def narrow_ffn(self, layer: Any, share: float) -> dict[str, Tensor]:
+        """Parameters, by name, that leave the leading ``share`` of the neurons of a decoder layer's `ffn`.
+
+        Raises
+        ------
+        NotImplementedError
+            If the network is no gated one of three plain linear layers (a mixture of experts, quantised weights).
+        """
+        ffn = self.ffn(layer)
+        linear = {name: getattr(ffn, name, None) for name in ("gate_proj", "up_proj", "down_proj")}
+        if any(type(part) is not nn.Linear or part.weight.is_meta for part in linear.values()):
+            raise NotImplementedError(
+                f"{type(ffn).__name__} has no neurons in plain linear layers (gate_proj, up_proj, down_proj), so that "
+                f"ffn={share} is not defined for it: give ffn=0 or ffn=1."
+            )
+        down = ffn.down_proj
+        neurons = max(1, round(share * down.in_features))  # type: ignore[union-attr, operator]
+        narrow = {"down_proj.weight": down.weight[:, :neurons]}  # type: ignore[union-attr, index]
+        for name in ("gate_proj", "up_proj"):
+            for kind, values in getattr(ffn, name).named_parameters():
+                narrow[f"{name}.{kind}"] = values[:neurons]
+        return narrow
+
     def cut_extras(self, kwargs: dict[str, Any], index: Tensor, valid: Tensor) -> dict[str, Any]:
         """Shorten further per-token arguments of the language model's call (deepstack features)."""
         return kwargs
@@ -117,6 +165,31 @@ class Adapter:
     def tap_tower(self, layer: int, reader: Reader) -> AbstractContextManager[None]:
         """While open, ``reader`` sees the queries and keys of a block of the tower."""
         return tap(self.vision_attention(layer), reader)
+
+    def tower_groups(self, patches: int, modality: str) -> Tensor:
+        """Which patches of a view, as its blocks see them, become one token and so can only be dropped together.
+
+        Parameters
+        ----------
+        patches : int
+            Patches of a view, without leading tokens.
+        modality : str
+            ``"image"`` or ``"video"``.
+
+        Returns
+        -------
+        Tensor
+            (patches,) long: numbers from 0, each as often as any other.
+
+        Raises
+        ------
+        ValueError
+            If patches cannot be dropped inside of this tower.
+        """
+        raise ValueError(
+            f"The vision tower of {type(self.model).__name__} computes pictures of several sizes, or several windows, "
+            "in one sequence, in which no patches can be dropped: use a reducer that acts before the language model."
+        )
 
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         """Bring per-patch maps to token order.
@@ -166,9 +239,32 @@ class Adapter:
         rows, columns = torch.tensor(layout.grids)[layout.view.clamp(min=0)].unbind(1)
         return grid_shares(layout.row, layout.column, rows, columns)
 
+    def resampled(self, modality: str, call: dict[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
+        """Arguments of the ``get_*_features`` ``call`` for the same pictures, resized so that each gives such a grid.
+
+        Parameters
+        ----------
+        grids : list of (rows, columns)
+            Tokens of each picture.
+
+        Raises
+        ------
+        ValueError
+            If the family fixes the size of its views.
+        """
+        raise ValueError(
+            f"{type(self.model).__name__} cuts pictures into views of a fixed size, which cannot be encoded smaller: "
+            "use the processor's own settings for that (max_patches, image_grid_pinpoints), or the reducer 'pooled'."
+        )
+
     def pixels(self, layout: ItemLayout) -> tuple[int, int] | None:
         """(height, width) of the picture as the processor handed it over, for one whose original size is unknown."""
         return None
+
+
+def resize(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Pictures (N, C, H, W) at another size, as image processors make them smaller: bicubic, with antialiasing."""
+    return interpolate(pictures.float(), (height, width), mode="bicubic", antialias=True).to(pictures.dtype)
 
 
 def grid_shares(row: Tensor, column: Tensor, rows: Tensor | int, columns: Tensor | int) -> Tensor:
@@ -197,6 +293,13 @@ def equal_views(views: int, rows: int, columns: int, newlines: int = 0) -> ItemL
         column=torch.cat([index % columns, end]),
         grids=((rows, columns),) * views,
     )
+
+
+def square_groups(patches: int, size: int) -> Tensor:
+    """(patches,) long: number of the size x size square, in raster order, of each patch of a square grid."""
+    side = square_side(patches)
+    index = torch.arange(patches)
+    return index // side // size * (side // size) + index % side // size
 
 
 def square_side(length: int) -> int:

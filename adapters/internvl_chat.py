@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.adapters.base import Adapter, equal_views, square_side
+from vtoken.adapters.base import Adapter, equal_views, square_groups, square_side
 from vtoken.adapters.internvl import join_tiles, tile_shares
 from vtoken.attention import Reader, tap_fused
 from vtoken.context import ItemLayout
@@ -57,6 +57,9 @@ class InternVLChatAdapter(Adapter):
         side = square_side(values.shape[1])
         shuffled = self.model.pixel_shuffle(values.unflatten(1, (side, side)), self.model.downsample_ratio)
         return shuffled.flatten(0, 2).unflatten(1, (-1, values.shape[2])).mean(1)
+
+    def tower_groups(self, patches: int, modality: str) -> Tensor:
+        return square_groups(patches, round(1 / self.model.downsample_ratio))
 
     def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         return torch.cat(parts).flatten(0, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from vtoken.adapters.base import equal_views
+from vtoken.adapters.base import equal_views, square_groups
 from vtoken.adapters.llava_next import LlavaNextAdapter
 from vtoken.compat import clip_pixels
 from vtoken.context import ItemLayout
@@ -19,6 +19,9 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     """`transformers.LlavaNextVideoForConditionalGeneration`."""
 
     model_types = ("llava_next_video",)
+
+    def tower_groups(self, patches: int, modality: str) -> Tensor:
+        return square_groups(patches, self.model.config.spatial_pool_stride if modality == "video" else 1)
 
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         if modality == "image":

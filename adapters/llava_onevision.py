@@ -29,6 +29,14 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         ratio = call.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
         return list(self.outer.pack_image_features(views, sizes, newline, vision_aspect_ratio=ratio)[0])
 
+    def tower_groups(self, patches: int, modality: str) -> Tensor:
+        if modality == "video":
+            raise ValueError(
+                "LLaVA-OneVision interpolates the frames of a clip after the tower, so that a token comes from several "
+                "patches: use a reducer that acts before the language model for clips."
+            )
+        return super().tower_groups(patches, modality)
+
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         if modality == "image":
             return super().pack(parts, modality, call)

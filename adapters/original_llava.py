@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vtoken.adapters.base import Adapter, square_side
 from vtoken.context import NEWLINE, ItemLayout
-from vtoken.tower import VisionRecord
+from vtoken.tower import Observed, VisionRecord
 
 if TYPE_CHECKING:
     from vtoken.session import Session
@@ -50,6 +50,9 @@ class OriginalLlavaAdapter(Adapter):
     def leading_tokens(self) -> int:  # type: ignore[override]
         return int("clip" in type(self.tower).__name__.lower())
 
+    def tower_groups(self, patches: int, modality: str) -> Tensor:
+        return torch.arange(patches)
+
     def install(self, session: Session) -> None:
         def make(original: Callable) -> Callable:
             def prepare(input_ids, position_ids, attention_mask, past_key_values, labels, images, *args, **kwargs):
@@ -63,10 +66,10 @@ class OriginalLlavaAdapter(Adapter):
                 def run() -> Any:
                     return original(input_ids, position_ids, mask, past_key_values, source, images, *args, **kwargs)
 
-                out, seen, inputs = session.reader.observe(run)
-                _, positions, new_mask, past, embeds, origin = out
+                seen = session.reader.observe(run)
+                _, positions, new_mask, past, embeds, origin = seen.output
                 visual = (origin == IGNORE) & new_mask.bool()
-                record = _Packing(self.model, run, visual, images).record(seen, inputs)
+                record = _Packing(self.model, run, visual, images).record(seen)
                 session.announce(visual.long(), record)
                 if labels is not None:
                     labels = torch.where(origin >= 0, labels.gather(1, origin.clamp(min=0)), IGNORE)
@@ -85,10 +88,11 @@ class _Packing:
         single = isinstance(images, Tensor) and images.dim() == 4
         self.views = [1] * len(images) if single else [len(image) if image.dim() == 4 else 1 for image in images]
 
-    def record(self, seen: dict, inputs: list[Tensor]) -> VisionRecord:
+    def record(self, seen: Observed) -> VisionRecord:
         lengths, layouts = self._layouts()
-        maps = {read: self._pack(torch.cat(parts)) for read, parts in seen.items()}
-        return VisionRecord(lengths, layouts, maps, self._pack(torch.cat(inputs)) if inputs else None)
+        maps, dropped = seen.packed(lambda parts: self._pack(torch.cat(parts)))
+        inputs = self._pack(torch.cat(seen.inputs)) if seen.inputs else None
+        return VisionRecord(lengths, layouts, maps, inputs, dropped)
 
     def _layouts(self) -> tuple[list[int], list[ItemLayout]]:
         side = square_side(int(self.model.get_vision_tower().num_patches))
@@ -110,12 +114,10 @@ class _Packing:
 
     @torch.no_grad()
     def _pack(self, values: Tensor) -> Tensor:
-        """(views, patches, C) or (views, patches) to (T, C) or (T,), NaN for newlines."""
-        values = values if values.dim() == 3 else values[..., None]
+        """(views, patches, C) to (T, C), NaN for newlines."""
         width = self.model.get_input_embeddings().weight.shape[1]
         out = [self._send(part, width)[:, : part.shape[-1]] for part in values.split(width, -1)]
-        packed = torch.cat(out, 1).float()
-        return packed[:, 0] if packed.shape[1] == 1 else packed
+        return torch.cat(out, 1).float()
 
     def _send(self, part: Tensor, width: int) -> Tensor:
         part = torch.nn.functional.pad(part, (0, width - part.shape[-1])).to(self.model.dtype)

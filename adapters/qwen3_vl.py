@@ -21,6 +21,12 @@ class Qwen3VLAdapter(QwenVLAdapter):
 
     model_types = ("qwen3_vl", "qwen3_vl_moe")
 
+    def resampled(self, modality: str, call: dict[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
+        raise ValueError(
+            f"{type(self.model).__name__} adds features of several tower layers inside of the decoder, which a second "
+            "encoding does not replace: lower max_pixels of the processor instead, or use the reducer 'pooled'."
+        )
+
     def cut_extras(self, kwargs: dict[str, Any], index: Tensor, valid: Tensor) -> dict[str, Any]:
         mask, embeds = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
         if mask is None or embeds is None:
@@ -35,7 +41,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
         def make(original: Callable) -> Callable:
             def process(hidden: Tensor, mask: Tensor, embeds: Tensor) -> Tensor:
                 group = session.group
-                if group is not None and group.start > 0:
+                if group is not None:
                     mask, rows = cut_rows(mask, group.relative, group.valid)
                     embeds = embeds[rows.to(embeds.device)]
                 return original(hidden, mask, embeds)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vtoken.adapters.base import Adapter, equal_views
+from vtoken.adapters.base import Adapter, equal_views, resize
 from vtoken.compat import vision_window_index
 from vtoken.context import ItemLayout
 
@@ -59,6 +59,24 @@ class QwenVLAdapter(Adapter):
     def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         tokens = torch.cat(parts).unflatten(0, (-1, self.merge**2)).flatten(1)
         return self._token_order(tokens, modality, call)
+
+    def resampled(self, modality: str, call: dict[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
+        if modality != "image":
+            return super().resampled(modality, call, grids)
+        merge, patch = self.merge, self.model.config.vision_config.patch_size
+        sizes, parts = call["image_grid_thw"].tolist(), []
+        for rows, (_, height, width), grid in zip(
+            call["pixel_values"].split([t * h * w for t, h, w in sizes]), sizes, grids, strict=True
+        ):
+            cells = rows.view(height // merge, width // merge, merge, merge, -1, patch, patch)
+            picture = cells.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, -1, height * patch, width * patch)
+            small = resize(picture, *(cells * merge * patch for cells in grid))[0]
+            cells = small.view(-1, grid[0], merge, patch, grid[1], merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+            parts.append(cells.reshape(-1, rows.shape[1]))
+        shape = [[1, rows * merge, columns * merge] for rows, columns in grids]
+        given = {name: value for name, value in call.items() if name != "kwargs"}
+        grid_thw = call["image_grid_thw"].new_tensor(shape)
+        return {**given, "pixel_values": torch.cat(parts), "image_grid_thw": grid_thw}
 
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
         grids = call[f"{modality}_grid_thw"].tolist()

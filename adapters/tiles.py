@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from vtoken.adapters.base import Adapter, equal_views, square_side
+from vtoken.adapters.base import Adapter, equal_views, square_groups, square_side
 from vtoken.context import ItemLayout
 
 
@@ -49,6 +49,9 @@ class TilesAdapter(Adapter):
     def item_lengths(self, features: list[Tensor]) -> list[int]:
         tokens = self.token_side**2
         return [tokens] * (sum(len(entry) for entry in features) // tokens)
+
+    def tower_groups(self, patches: int, modality: str) -> Tensor:
+        return square_groups(patches, self.side // self.token_side)
 
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         grid = torch.cat(parts).float().unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)

@@ -59,7 +59,7 @@ def measure(model: Any, processor: Any, name: str, data: Any) -> dict[str, Any]:
             batch = data.questions[start : start + BATCH]
             images = None
             if name != "blind":
-                images = [Image.open(io.BytesIO(data.pictures[q["scene"]])) for q in batch]
+                images = [Image.open(io.BytesIO(data.pictures[q["pictures"][0]])) for q in batch]
             for question, found in zip(batch, answer(model, processor, batch, images), strict=True):
                 right[question["kind"]].append(found.strip() == question["answer"])
     by_kind = {kind: sum(r) / len(r) for kind, r in right.items()}

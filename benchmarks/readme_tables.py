@@ -8,7 +8,8 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
   (``pytest tests/session tests/adapters --families-report benchmarks/results/families.json``);
 - ``mini``: ``benchmarks/results/mini_llava.json``, what the embedded model can do;
 - ``NAME``: ``benchmarks/results/NAME.json``, a ``results.json`` of ``vtoken compare``;
-- ``NAME/kinds``, ``NAME/note``: the same file, accuracy by kind of question, and how it was made.
+- ``NAME/kinds``, ``NAME/note``: the same file, accuracy by kind of question, and how it was made;
+- ``NAME/ranking``: the same file, the reducers at each keep ratio from best to worst, and which lose to chance.
 
     python benchmarks/readme_tables.py            rewrite README.md
     python benchmarks/readme_tables.py --check    exit with 1 if it is stale
@@ -26,13 +27,13 @@ from pathlib import Path
 
 from vtoken.adapters import families as known_families
 from vtoken.cli.catalogue import describe
-from vtoken.eval.render import COLUMNS, cells_of
-from vtoken.eval.summary import Row, row_from
+from vtoken.eval.formats import SIGNIFICANT, difference_text
+from vtoken.eval.render import cells_of, layouts
+from vtoken.eval.summary import Row, corrected, row_from
 from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w./-]+) -->\n?).*?(<!-- /table -->)", re.S)
-SIGNIFICANT = 0.05
 NO_TEST = "\N{EN DASH}"
 LEGEND = (
     f"✓ tests pass, {NO_TEST} no test, refused: a test finds the sentence that refuses it. Tiny models with random "
@@ -104,14 +105,40 @@ def mini(results: Path) -> str:
 
 
 def comparison(rows: Sequence[Row]) -> str:
-    """The columns of ``vtoken compare``; a star marks what differs from unpruned beyond chance."""
-    lines = []
-    for row in rows:
-        cells = dict(zip(COLUMNS, (cell.strip() for cell in cells_of(row)), strict=True))
-        if row.versus_unpruned and row.versus_unpruned.p_value < SIGNIFICANT:
-            cells["vs unpruned"] += "*"
-        lines.append(list(cells.values()))
-    return markdown(list(COLUMNS), lines)
+    """The columns of ``vtoken compare``; a star marks what is beyond chance."""
+    columns = layouts(rows)[0]
+    return markdown(list(columns), [[column(row).strip() for column in columns.values()] for row in rows])
+
+
+def ranking(rows: Sequence[Row]) -> str:
+    """One table for each keep ratio, then one for what has no budget; the best comes first."""
+    columns = ["", "reducer", "accuracy %", "vs random", "", "evidence", "tokens, mean over layers"]
+    tables = []
+    for keep in [*sorted({row.keep for row in rows if row.keep is not None}, reverse=True), None]:
+        found = sorted((row for row in rows if row.keep == keep), key=lambda row: -accuracy_of(row))
+        lines = [[str(place), *ranked(row)] for place, row in enumerate(found, 1)]
+        title = f"keep {keep:g}" if keep is not None else "without a budget"
+        tables.append(f"**{title}**\n\n{markdown(columns, lines, text_columns=2)}")
+    return "\n" + "\n".join(tables)
+
+
+def accuracy_of(row: Row) -> float:
+    """For sorting: what failed comes last."""
+    return row.accuracy.value if row.accuracy else -1.0
+
+
+def ranked(row: Row) -> list[str]:
+    """A row of a ranking."""
+    if row.accuracy is None:
+        return [row.reducer, "failed", "", "", "", ""]
+    versus, verdict = row.versus_random, ""
+    if versus is not None and versus.adjusted is not None and versus.adjusted < SIGNIFICANT:
+        verdict = "better than chance" if versus.difference.value > 0 else "**worse than chance**"
+    elif versus is not None:
+        verdict = "as chance"
+    evidence = "" if row.evidence_recall is None else f"{100 * row.evidence_recall:.0f} %"
+    per_layer = "" if row.visual_per_layer is None else f"{row.visual_per_layer:.1f}"
+    return [row.reducer, f"{100 * row.accuracy.value:.1f}", difference_text(versus), verdict, evidence, per_layer]
 
 
 def note(data: dict) -> str:
@@ -134,7 +161,7 @@ def table(name: str, results: Path) -> str:
         return catalogue()
     file, _, part = name.partition("/")
     path = results / ("mini_llava.json" if name == "mini" else f"{file}.json")
-    if part not in ("", "kinds", "note") or not path.is_file():
+    if part not in ("", "kinds", "note", "ranking") or not path.is_file():
         raise SystemExit(f"README.md asks for table:{name}, but there is no {path} for it.")
     if name == "mini":
         return mini(results)
@@ -143,8 +170,8 @@ def table(name: str, results: Path) -> str:
     data = json.loads(path.read_text())
     if part == "note":
         return note(data)
-    rows = [row_from(row) for row in data["rows"]]
-    return kinds(rows) if part == "kinds" else comparison(rows)
+    rows = corrected([row_from(row) for row in data["rows"]])
+    return {"kinds": kinds, "ranking": ranking, "": comparison}[part](rows)
 
 
 def fill(text: str, results: Path) -> str:

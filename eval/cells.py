@@ -7,15 +7,18 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vtoken.budget import Keep
-from vtoken.eval.loading import ModelSpec, model_type, weights_id
+from vtoken.eval.loading import ModelSpec, pin
 from vtoken.eval.provenance import foreign_code, versions
 from vtoken.eval.tasksource import TaskRef
 from vtoken.reducers.base import KeepReducer, Reducer
+
+UNRESOLVED = "unresolved"
+"""Stands for the weights of a model whose config cannot be read, such as one of the hub without network."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class Cell:
                 "dtype": spec.dtype,
                 "attn_implementation": spec.attn_implementation,
                 "device": spec.device_map or spec.target.split(":")[0],
+                "positions": spec.positions,
+                "preprocessing": spec.preprocessing,
             },
             "reducer": plain(self.reducer.config()) if self.reducer else None,
             "reducer_code": foreign_code(self.reducer),
-            "task": dataclasses.asdict(self.task),
+            "task": self.task.config(),
             "limit": self.limit,
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -78,8 +83,8 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Name of the reducer with the parameters that are not at their defaults, ``keep`` left out."""
-        return label(self.reducer)
+        """Name of the reducer with the parameters that are not at their defaults, ``keep`` and the seed left out."""
+        return label(self.reducer, self.seed)
 
     @property
     def keep(self) -> Keep | None:
@@ -98,16 +103,17 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def label(reducer: Reducer | None) -> str:
+def label(reducer: Reducer | None, seed: int = 0) -> str:
     """See `Cell.label`."""
     if reducer is None:
         return "unpruned"
     if stages := getattr(reducer, "reducers", None):
-        return " > ".join(f"{label(stage)} {getattr(stage, 'keep', '')}".strip() for stage in stages)
+        return " > ".join(f"{label(stage, seed)} {getattr(stage, 'keep', '')}".strip() for stage in stages)
+    usual = {"keep": getattr(reducer, "keep", None), "seed": seed}
     changed = [
         str(value) if isinstance(value, str) else f"{field.name}={value}"
         for field in dataclasses.fields(reducer)
-        if field.init and field.name != "keep" and (value := getattr(reducer, field.name)) != field.default
+        if field.init and (value := getattr(reducer, field.name)) != usual.get(field.name, field.default)
     ]
     return f"{reducer.name} ({', '.join(changed)})" if changed else reducer.name
 
@@ -127,11 +133,22 @@ def grid(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 1,
+    pin: Callable[[ModelSpec], tuple[str, str]] = pin,
 ) -> list[Cell]:
-    """All combinations, each once, ordered so that models and tasks change least often."""
+    """All combinations, each once, ordered so that models and tasks change least often.
+
+    Parameters
+    ----------
+    models, tasks, reducers
+        What to combine.
+    limit, seed, batch_size
+        See `Cell`.
+    pin : callable
+        Gives weights and type of a model, see `vtoken.eval.loading.pin`.
+    """
     cells = []
     for spec in models:
-        kind, weights = model_type(spec), weights_id(spec)
+        weights, kind = pin(spec)
         for task in tasks:
             cells += [Cell(spec, weights, kind, r, task, limit, seed, batch_size) for r in reducers]
     return list({cell.id: cell for cell in cells}.values())

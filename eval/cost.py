@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vtoken.eval.attempt import reason
 from vtoken.eval.cells import Cell
-from vtoken.eval.runner import Runner, reason
+from vtoken.eval.runner import POLL, Runner
 from vtoken.eval.tasksource import load_task
 from vtoken.profile import measure_prefill
 
@@ -24,26 +26,42 @@ def measure_cells(
     dict
         Cells that could not be measured, with the reason; their accuracy stands.
     """
-    failed = {}
-    for cell in cells:
-        if runner.store.result(cell.id) is None or runner.store.profile(cell.id) is not None:
-            continue
-        before(cell)
-        model = runner.model(cell)
-        try:
-            cost = measure_prefill(model.model, cell.reducer, first_inputs(cell, model, batch))
-        except Exception as error:
-            failed[cell] = reason(error)
-        else:
-            runner.store.save_profile(cell.id, cost.as_dict())
+    failed: dict[Cell, str] = {}
+    store = runner.store
+    left = [cell for cell in cells if store.result(cell.id) is not None]
+    locks = {cell.id: store.lock(cell.id) for cell in left}
+    while left := [cell for cell in left if store.profile(cell.id) is None and cell not in failed]:
+        held_elsewhere = 0
+        for cell in left:
+            with locks[cell.id].attempt() as held:
+                if not held:
+                    held_elsewhere += 1
+                elif store.profile(cell.id) is None:
+                    before(cell)
+                    if why := _measure(cell, runner, batch):
+                        failed[cell] = why
+        if held_elsewhere == len(left):
+            runner.listener.waiting(left)
+            time.sleep(POLL)
     return failed
+
+
+def _measure(cell: Cell, runner: Runner, batch: int) -> str:
+    """Measure and save; returns why that did not work, "" if it did."""
+    try:
+        model = runner.model(cell)
+        cost = measure_prefill(model.model, cell.reducer, first_inputs(cell, model, batch))
+    except Exception as error:
+        return reason(error)
+    runner.store.save_profile(cell.id, cost.as_dict())
+    return ""
 
 
 def first_inputs(cell: Cell, model: Any, batch: int) -> Any:
     """Encoded prompts of the first documents of a cell's task."""
     from lmms_eval.protocol import ChatMessages
 
-    task = load_task(cell.task.name, cell.model_type)
+    task = load_task(cell.task.name, cell.model_type, cell.task.folder)
     docs = [task.eval_docs[i] for i in range(min(batch, len(task.eval_docs)))]
     talks = [ChatMessages(messages=task.doc_to_messages(doc)).to_hf_messages() for doc in docs]
     return model.encode(talks)

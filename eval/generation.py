@@ -14,7 +14,9 @@ HANDLED = ("until", "max_new_tokens", "do_sample", *SAMPLING, *PASSED_ON)
 HARMLESS = ("image_aspect_ratio", "modality", "use_cache", "max_gen_toks")  # of the original LLaVA code and of servers
 
 
-def generation_options(arguments: Mapping[str, Any], max_new_tokens: int | None = None) -> dict[str, Any]:
+def generation_options(
+    arguments: Mapping[str, Any], max_new_tokens: int | None = None, default: int = DEFAULT_MAX_NEW_TOKENS
+) -> dict[str, Any]:
     """Arguments of ``generate``: greedy unless the task asks for a temperature above 0.
 
     Parameters
@@ -23,10 +25,12 @@ def generation_options(arguments: Mapping[str, Any], max_new_tokens: int | None 
         The task's ``generation_kwargs``.
     max_new_tokens : int, optional
         Wins over the task's.
+    default : int
+        Where neither says it.
     """
     options: dict[str, Any] = {"num_beams": 1}
     options |= {name: value for name in PASSED_ON if (value := arguments.get(name)) is not None}
-    options["max_new_tokens"] = max_new_tokens or arguments.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS
+    options["max_new_tokens"] = max_new_tokens or arguments.get("max_new_tokens") or default
     options["do_sample"] = (arguments.get("temperature") or 0) > 0
     for name in SAMPLING:  # None silences what the checkpoint's own generation config asks for
         options[name] = arguments.get(name) if options["do_sample"] else None

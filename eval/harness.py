@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +99,14 @@ def evaluate(model: Any, task: Any, *, limit: int | None, seed: int, output: Pat
         Of Python, numpy and torch.
     output : Path
         Where tasks write submission files.
+
+    Raises
+    ------
+    EvalError
+        If the task has no documents, or under a launcher of distributed programs.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # lmms-eval would give every rank a part of the documents
+        raise EvalError("vtoken starts its processes itself: run it without torchrun and accelerate launch.")
     evaluator = load_harness()
     # Without cli_args lmms-eval strips no reasoning tags, decodes every image twice and writes into the working
     # directory (`lmms_eval.evaluator.evaluate`).
@@ -126,6 +134,28 @@ def evaluate(model: Any, task: Any, *, limit: int | None, seed: int, output: Pat
     if not first_filter:
         raise EvalError(f"The task {name!r} has no documents.")
     return Evaluation([first_filter[doc_id] for doc_id in sorted(first_filter)], dict(results["results"][name]))
+
+
+class _CollectedError(Exception):
+    """Carries requests out of lmms-eval."""
+
+    def __init__(self, requests: list[Any]) -> None:
+        super().__init__()
+        self.requests = requests
+
+
+def collect_requests(model: Any, task: Any, *, limit: int | None, seed: int, output: Path) -> list[Any]:
+    """What `evaluate` would ask the model, in its order; the model is asked nothing, but shown the documents."""
+
+    def collect(requests: list[Any]) -> None:
+        raise _CollectedError(requests)
+
+    with mock.patch.object(model, "generate_until", collect):
+        try:
+            evaluate(model, task, limit=limit, seed=seed, output=output)
+        except _CollectedError as found:
+            return found.requests
+    return []
 
 
 @functools.cache

@@ -15,6 +15,8 @@ import torch
 from vtoken import mini
 from vtoken.adapters import families
 from vtoken.eval.errors import EvalError, unknown
+from vtoken.eval.preprocessing import PRESETS, preprocessing
+from vtoken.wrapping import POSITIONS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "tokenizer.model")
@@ -34,6 +36,10 @@ class ModelSpec:
         ``"auto"`` takes the checkpoint's.
     device, device_map, attn_implementation : str, optional
         As in transformers; by default the accelerator of this process, if there is one.
+    positions : str
+        Position ids of kept tokens, see `vtoken.wrap`.
+    preprocessing : str
+        ``"checkpoint"`` or ``"lmms_eval"``, see `vtoken.eval.preprocessing`.
     """
 
     pretrained: str
@@ -42,10 +48,13 @@ class ModelSpec:
     device: str | None = None
     device_map: str | None = None
     attn_implementation: str | None = None
+    positions: str = "keep"
+    preprocessing: str = "checkpoint"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+        for name, known in (("dtype", DTYPES), ("positions", POSITIONS), ("preprocessing", PRESETS)):
+            if (value := getattr(self, name)) not in known:
+                raise unknown(name, value, known)
         if self.device and self.device_map:
             raise EvalError(f"Give device={self.device!r} or device_map={self.device_map!r}, not both.")
 
@@ -74,7 +83,12 @@ def _kinds() -> str:
     return f"give an embedded model ({', '.join(mini.names())}), a folder, or a hub id such as llava-hf/llava-1.5-7b-hf"
 
 
-def weights_id(spec: ModelSpec) -> str:
+def pin(spec: ModelSpec, *, offline: bool = False) -> tuple[str, str]:
+    """`weights_id` and `model_type` of a model; ``offline`` asks the local cache alone for a hub id."""
+    return weights_id(spec, offline=offline), model_type(spec, offline=offline)
+
+
+def weights_id(spec: ModelSpec, *, offline: bool = False) -> str:
     """What pins the weights: the hub commit, or a hash over the files of a folder.
 
     Raises
@@ -84,7 +98,7 @@ def weights_id(spec: ModelSpec) -> str:
     """
     kind = spec.kind
     if kind == "hub":
-        return str(getattr(_config(spec), "_commit_hash", None))
+        return str(getattr(_config(spec, offline), "_commit_hash", None))
     return folder_digest(mini.folder(spec.pretrained) if kind == "embedded" else Path(spec.pretrained))
 
 
@@ -98,7 +112,7 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def model_type(spec: ModelSpec) -> str:
+def model_type(spec: ModelSpec, *, offline: bool = False) -> str:
     """``config.model_type``, read without the weights.
 
     Raises
@@ -106,7 +120,7 @@ def model_type(spec: ModelSpec) -> str:
     EvalError
         If there is no such model, or no adapter knows its type.
     """
-    found = str(_config(spec).model_type)
+    found = str(_config(spec, offline).model_type)
     if found not in families():
         raise EvalError(
             f"No adapter knows the model {spec.pretrained!r} of type {found!r}: supported are "
@@ -115,12 +129,12 @@ def model_type(spec: ModelSpec) -> str:
     return found
 
 
-def _config(spec: ModelSpec) -> Any:
+def _config(spec: ModelSpec, offline: bool) -> Any:
     from transformers import AutoConfig
 
     where: str | Path = mini.folder(spec.pretrained) if spec.kind == "embedded" else spec.pretrained
     try:
-        return AutoConfig.from_pretrained(where, revision=spec.revision)
+        return AutoConfig.from_pretrained(where, revision=spec.revision, local_files_only=offline)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise EvalError(f"The model {spec.pretrained!r} cannot be read: {_first_sentence(error)}") from error
 
@@ -155,11 +169,12 @@ def _embedded(spec: ModelSpec) -> tuple[Any, Any]:
 def _checkpoint(spec: ModelSpec) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    habits = preprocessing(spec.preprocessing, model_type(spec))
     options = {"device_map": spec.device_map, "attn_implementation": spec.attn_implementation}
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         spec.pretrained,
         revision=spec.revision,
-        dtype=spec.dtype,
+        dtype=habits.dtype if spec.dtype == "auto" else spec.dtype,
         output_loading_info=True,
         **{name: value for name, value in options.items() if value is not None},
     )
@@ -168,7 +183,7 @@ def _checkpoint(spec: ModelSpec) -> tuple[Any, Any]:
         # transformers fills them with random numbers and only warns
         what = f"{len(missing)} tensors, such as {missing[0]!r}, are missing"
         raise EvalError(f"The weights of {spec.pretrained!r} are incomplete: {what}.")
-    return model, AutoProcessor.from_pretrained(spec.pretrained, revision=spec.revision)
+    return model, AutoProcessor.from_pretrained(spec.pretrained, revision=spec.revision, **habits.processor)
 
 
 def _first_sentence(error: BaseException) -> str:

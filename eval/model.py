@@ -5,29 +5,30 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
-import itertools
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
+from torch import Tensor
 
 import vtoken
 from vtoken.eval.arguments import positive_int, split_arguments
 from vtoken.eval.counts import SampleCounts, Visual, count_pruned, count_unpruned
+from vtoken.eval.evidence import Boxes, EvidenceReader
+from vtoken.eval.fingerprints import picture_key, question_key
 from vtoken.eval.generation import cut_at, generation_options
 from vtoken.eval.loading import ModelSpec, load_model
+from vtoken.eval.preprocessing import Conversation, media, preprocessing
 from vtoken.eval.samplelog import SampleLog
 from vtoken.reducers.base import Reducer
 from vtoken.wrapping import session_of
-
-Conversation = list[dict[str, Any]]
 
 
 class ReducedModel(lmms):
@@ -53,10 +54,8 @@ class ReducedModel(lmms):
         super().__init__()
         self.spec, self.batch_size, self.max_new_tokens = spec, batch_size, max_new_tokens
         self.model, self.processor = load_model(spec)
-        # arguments of the processor's call were plain ones in earlier versions of transformers
-        packing = {"padding": True, "return_tensors": "pt"}
-        named = "processor_kwargs" in inspect.signature(self.processor.apply_chat_template).parameters
-        self._packing = {"processor_kwargs": packing} if named else packing
+        self.preprocessing = preprocessing(spec.preprocessing, self.model.config.model_type)
+        self._evidence = EvidenceReader(self.model)
         self.log: SampleLog | None = None
         self.on_answers: Callable[[int], None] = lambda count: None
         self.reducer: Reducer | None = None
@@ -82,7 +81,7 @@ class ReducedModel(lmms):
         if session_of(self.model) is not None:
             vtoken.unwrap(self.model)
         if reducer is not None:
-            vtoken.wrap(self.model, reducer)
+            vtoken.wrap(self.model, reducer, positions=self.spec.positions)
         self.reducer = reducer
 
     def __str__(self) -> str:
@@ -101,13 +100,13 @@ class ReducedModel(lmms):
         """Answer all requests, in their order; any failure is raised."""
         with _loud():
             found: dict[int, dict[str, Any]] = {}
-            for numbers in self._batches(requests):
+            for numbers in self.batches(requests):
                 answers = self._answer_batch([requests[i] for i in numbers])
                 found.update(zip(numbers, answers, strict=True))
                 self.on_answers(len(numbers))
         return [GenerationResult(found[i]["text"], SampleCounts(**found[i]["counts"])) for i in range(len(requests))]
 
-    def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
+    def batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
         """Numbers of the requests of each batch: only requests with the same generation arguments share one."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -118,41 +117,63 @@ class ReducedModel(lmms):
     def _answer_batch(self, batch: Sequence[Instance]) -> list[dict[str, Any]]:
         """From the log if it has the whole batch: an answer must not depend on where a run was interrupted."""
         conversations = [self._conversation(request) for request in batch]
-        keys = [_key(request, talk) for request, talk in zip(batch, conversations, strict=True)]
+        keys = [question_key(request, talk) for request, talk in zip(batch, conversations, strict=True)]
         if self.log is not None and all(self.log.get(key) for key in keys):
             return [self.log.get(key) or {} for key in keys]
-        answers = self.answer(conversations, batch[0].args[2])
+        evidence = [self._document(request).get("evidence_boxes") for request in batch]
+        answers = self.answer(conversations, batch[0].args[2], evidence)
+        for answer, key, talk in zip(answers, keys, conversations, strict=True):
+            answer["counts"] |= {"prompt": key, "picture": picture_key(talk)}
         if self.log is not None:
             self.log.add(dict(zip(keys, answers, strict=True)))
         return answers
 
     def _conversation(self, request: Instance) -> Conversation:
-        _, doc_to_messages, _, doc_id, task, split = request.args
-        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-        return messages.to_hf_messages()
+        return ChatMessages(messages=request.args[1](self._document(request))).to_hf_messages()
+
+    def _document(self, request: Instance) -> Any:
+        _, _, _, doc_id, task, split = request.args
+        return self.task_dict[task][split][doc_id]
 
     def encode(self, conversations: Sequence[Conversation]) -> Any:
         """Model inputs of a left-padded batch."""
-        inputs = self.processor.apply_chat_template(
-            list(conversations), add_generation_prompt=True, tokenize=True, return_dict=True, **self._packing
-        )
-        return inputs.to(self.model.device, self.model.dtype)
+        return self.preprocessing.encode(self.processor, conversations).to(self.model.device, self.model.dtype)
 
-    def answer(self, conversations: Sequence[Conversation], arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Generate: ``{"text": ..., "counts": {...}}`` for each conversation."""
+    def answer(
+        self,
+        conversations: Sequence[Conversation],
+        arguments: Mapping[str, Any],
+        evidence: Sequence[Boxes | None] = (),
+    ) -> list[dict[str, Any]]:
+        """Generate: ``{"text": ..., "counts": {...}}`` for each conversation; ``evidence`` says where its answer is."""
         inputs = self.encode(conversations)
-        options = generation_options(arguments, self.max_new_tokens)
-        tokenizer = self.processor.tokenizer
-        out = self.model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
+        habits, tokenizer = self.preprocessing, self.processor.tokenizer
+        options = generation_options(arguments, self.max_new_tokens, habits.max_new_tokens)
+        if habits.tokenizer_eos:
+            options["eos_token_id"] = tokenizer.eos_token_id
+        with _own_random_numbers(inputs["input_ids"] if options["do_sample"] else None):
+            out = self.model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
         new = out[:, inputs["input_ids"].shape[1] :]
-        texts = [cut_at(text, arguments.get("until")) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        stops = arguments.get("until") if habits.stop_strings else None
+        texts = [cut_at(text, stops) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
         visual = self._visual(inputs["input_ids"], options["num_beams"])
+        recalls = self._recalls(inputs, conversations, evidence if options["num_beams"] == 1 else ())
         asked = inputs["attention_mask"].sum(1).tolist()
         given = (new != tokenizer.pad_token_id).sum(1).tolist()
         return [
-            {"text": text, "counts": {"input_tokens": i, "output_tokens": o, **v.as_dict()}}
-            for text, i, o, v in zip(texts, asked, given, visual, strict=True)
+            {"text": text, "counts": {"input_tokens": i, "output_tokens": o, "evidence_recall": r, **v.as_dict()}}
+            for text, i, o, r, v in zip(texts, asked, given, recalls, visual, strict=True)
         ]
+
+    def _recalls(
+        self, inputs: Any, conversations: Sequence[Conversation], evidence: Sequence[Boxes | None]
+    ) -> list[float | None]:
+        if not evidence or None in evidence:
+            return [None] * len(conversations)
+        if self.reducer is None or self.reducer.is_identity:
+            return [1.0 if any(boxes or ()) else None for boxes in evidence]
+        shown = [[*media([talk], "image"), *media([talk], "video")] for talk in conversations]
+        return self._evidence.recalls(inputs, shown, evidence, vtoken.stats(self.model))
 
     def _visual(self, input_ids: Any, beams: int) -> list[Visual]:
         whole = count_unpruned(input_ids, self.model.config)
@@ -169,14 +190,16 @@ class ReducedModel(lmms):
         raise NotImplementedError("The vtoken model answers single questions only: choose a generate_until task.")
 
 
-def _key(request: Instance, conversation: Conversation) -> str:
-    """Fingerprint of a question: document, prompt, pixels and generation arguments."""
-    _, _, arguments, doc_id, task, split = request.args
-    digest = hashlib.sha256(json.dumps([task, split, doc_id, arguments], sort_keys=True, default=str).encode())
-    for part in itertools.chain.from_iterable(message["content"] for message in conversation):
-        value = part[part["type"]]
-        digest.update(value.tobytes() if hasattr(value, "tobytes") else str(value).encode())
-    return digest.hexdigest()
+@contextlib.contextmanager
+def _own_random_numbers(prompts: Tensor | None) -> Iterator[None]:
+    """Sampling depends on the cell's seed and the batch alone, not on what was answered before (a resumed run)."""
+    if prompts is None:
+        yield
+        return
+    digest = hashlib.sha256(prompts.cpu().numpy().tobytes() + str(torch.initial_seed()).encode())
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(digest.digest()[:8], "big") >> 1)
+        yield
 
 
 @contextlib.contextmanager

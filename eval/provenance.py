@@ -7,7 +7,10 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import platform
+import subprocess
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,8 @@ import vtoken
 from vtoken.reducers.base import Reducer
 
 PACKAGES = ("torch", "transformers", "lmms-eval")
-_NO_CODE = ("cli", "mini", "profile.py")  # no score depends on them; weights and questions are pinned by themselves
-_ANSWERING = ("model.py", "generation.py", "harness.py")  # of this package
+_NO_CODE = ("cli", "mini", "profile")  # no score depends on them; weights and questions are pinned by themselves
+_ANSWERING = ("model.py", "generation.py", "harness.py", "preprocessing.py")  # of this package
 
 
 @functools.cache
@@ -59,6 +62,12 @@ def foreign_code(reducer: Reducer | None) -> str:
         return ""
 
 
+def prompts_digest(samples: Iterable[Mapping[str, Any]]) -> str:
+    """Hash over everything that was asked: prompts, pixels and generation arguments, in order."""
+    return hashlib.sha256("\n".join(sample["prompt"] for sample in samples).encode()).hexdigest()[:16]
+
+
+@functools.cache
 def surroundings() -> dict[str, Any]:
     """Machine and software, for the record only."""
     import torch
@@ -66,9 +75,34 @@ def surroundings() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         **versions(),
+        "vtoken commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "gpu": gpu,
+        "gpus": torch.cuda.device_count(),
         "cuda": torch.version.cuda,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "threads": torch.get_num_threads(),
     }
+
+
+def commit() -> str | None:
+    """The git commit of this code, ``-dirty`` if it was changed since; None where it is not known."""
+    installed = importlib.metadata.distribution("vtoken").read_text("direct_url.json")
+    if found := json.loads(installed or "{}").get("vcs_info", {}).get("commit_id"):
+        return str(found)  # installed by pip from a repository
+    here = Path(__file__).parent
+    if (
+        _output("git", "-C", str(here), "ls-files", Path(__file__).name) is None
+    ):  # installed inside somebody's repository
+        return None
+    return _output("git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _output(*command: str) -> str | None:
+    """First line that a program prints; None if there is none, or no such program."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)

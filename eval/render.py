@@ -5,39 +5,105 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from vtoken.eval.formats import (
+    accuracy_text,
+    bytes_text,
+    changed_text,
+    difference_text,
+    flips_text,
+    interval_text,
+    p_text,
+    plus_minus_text,
+    tokens_text,
+)
+from vtoken.eval.published import published_text
 from vtoken.eval.summary import Row
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
+Columns = dict[str, Callable[[Row], str]]
+TEXT = ("source", "model", "task", "reducer", "against")
+"""Columns of names; all others hold numbers."""
+
+COLUMNS: Columns = {
     "reducer": lambda row: row.reducer,
     "keep": lambda row: "" if row.keep is None else f"{row.keep:g}",
-    "accuracy % [95 % CI]": lambda row: _accuracy(row),
-    "vs unpruned": lambda row: f"{100 * row.versus_unpruned.difference.value:+.1f}" if row.versus_unpruned else "",
-    "p": lambda row: _p_value(row),
-    "retained": lambda row: "" if row.retained is None else f"{100 * row.retained:.1f} %",
-    "tokens": lambda row: _tokens(row),
+    "accuracy % [95 % CI]": accuracy_text,
+    "vs unpruned": lambda row: difference_text(row.versus_unpruned),
+    "p": lambda row: p_text(row.versus_unpruned),
+    "retained": lambda row: "" if row.retained is None else f"{100 * row.retained:.1f} %{interval_text(row)}",
+    "vs random": lambda row: difference_text(row.versus_random),
+    "tokens": tokens_text,
     "prefill ms": lambda row: "" if row.prefill_ms is None else f"{row.prefill_ms:.1f}",
     "speed-up": lambda row: "" if row.speedup is None else f"{row.speedup:.2f}x",
     "KV": lambda row: "" if row.kv_bytes is None else bytes_text(row.kv_bytes),
 }
-NARROW: dict[str, Callable[[Row], str]] = {
+NARROW: Columns = {
     "reducer": COLUMNS["reducer"],
     "keep": COLUMNS["keep"],
-    "accuracy": lambda row: _plus_minus(row),
+    "accuracy": plus_minus_text,
     "diff": COLUMNS["vs unpruned"],
-    "p": COLUMNS["p"],
-    "of all": lambda row: COLUMNS["retained"](row).removesuffix(" %"),
-    "tokens": lambda row: _tokens(row).split(" ")[0],
+    "rnd": COLUMNS["vs random"],
+    "of all": lambda row: "" if row.retained is None else f"{100 * row.retained:.1f}",
+    "tokens": lambda row: tokens_text(row).split(" ")[0],
     "ms": COLUMNS["prefill ms"],
     "speed": lambda row: "" if row.speedup is None else f"{row.speedup:.1f}x",
     "KV": lambda row: COLUMNS["KV"](row).removesuffix("iB").replace(" ", ""),
 }
 """The same for a terminal of 80 characters."""
+REFERENCE: Columns = {
+    "reducer": COLUMNS["reducer"],
+    "keep": COLUMNS["keep"],
+    "accuracy % [95 % CI]": COLUMNS["accuracy % [95 % CI]"],
+    "against": lambda row: row.reference,
+    "difference": lambda row: difference_text(row.versus_reference),
+    "p": lambda row: p_text(row.versus_reference),
+    "lost/won": lambda row: flips_text(row.versus_reference),
+    "changed": lambda row: changed_text(row.versus_reference),
+    "tokens": COLUMNS["tokens"],
+    "prefill ms": COLUMNS["prefill ms"],
+    "KV": COLUMNS["KV"],
+}
+"""Where results of one folder are compared with those of another."""
+REFERENCE_NARROW: Columns = {
+    "reducer": COLUMNS["reducer"],
+    "keep": COLUMNS["keep"],
+    "accuracy": NARROW["accuracy"],
+    "diff": REFERENCE["difference"],
+    "p": REFERENCE["p"],
+    "lost/won": REFERENCE["lost/won"],
+    "tokens": NARROW["tokens"],
+}
 LEGEND = (
-    "vs unpruned (diff): paired difference in points, exact McNemar p-value. retained (of all): % of the unpruned "
-    "accuracy. tokens: visual tokens that enter the language model, mean per question; in brackets the mean over its "
-    "layers, where a method drops more inside. prefill: {batch} prompts at once, without the vision tower, measured "
-    "apart, medians of alternating runs. KV: cache per prompt after the prefill."
+    "vs unpruned (diff), vs random (rnd, at the same keep): paired difference in points; * is p < 0.05 and p is that "
+    "vs unpruned, both after Holm's correction over the rows of a model and task (exact McNemar test; sign flips by "
+    "picture where several questions on one changed). retained (of all): % of the unpruned accuracy. tokens: visual "
+    "tokens that enter the language model, mean per question; in brackets the mean over its layers, where a method "
+    "drops more inside. evidence: share of the tokens on what the question is about that were kept, mean over layers. "
+    "prefill: {batch} prompts at once, without the vision tower, measured apart, medians of "
+    "alternating runs. KV: cache per prompt after the prefill. Intervals resample pictures."
 )
+REFERENCE_LEGEND = (
+    "difference (diff): paired, in points; * is p < 0.05, after Holm's correction over the rows of a model and task "
+    "(exact McNemar test; sign flips by picture where several questions on one changed). lost/won: questions that "
+    "only the reference, only this run got right. changed: answers that read differently. tokens: visual tokens that "
+    "enter the language model."
+)
+
+
+def layouts(rows: Sequence[Row]) -> tuple[Columns, Columns]:
+    """The columns for these rows: all of them, and those for 80 characters."""
+    if any(row.reference for row in rows):
+        return REFERENCE, REFERENCE_NARROW
+    extra: Columns = {}
+    if any(row.evidence_recall is not None for row in rows):
+        extra["evidence"] = lambda row: "" if row.evidence_recall is None else f"{100 * row.evidence_recall:.0f} %"
+    if any(published_text(row) for row in rows):
+        extra["published"] = published_text
+    return {**COLUMNS, **extra}, NARROW
+
+
+def legend(rows: Sequence[Row]) -> str:
+    """What the columns of `layouts` mean; has a field ``batch``."""
+    return REFERENCE_LEGEND if any(row.reference for row in rows) else LEGEND
 
 
 def cells_of(row: Row) -> list[str]:
@@ -55,42 +121,20 @@ def failures(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What limits a comparison: runs that were not asked the same questions, and runs without a reference."""
+    lines = []
+    compared = any(row.reference for row in rows)
+    for row in rows:
+        name = f"{row.source} {row.reducer} {COLUMNS['keep'](row)}".strip() + f" on {row.task}"
+        for versus in (row.versus_unpruned, row.versus_random, row.versus_reference):
+            if versus is not None and versus.documents < row.documents:
+                lines.append(f"{name} is compared on {versus.documents} of its {row.documents} questions.")
+        if compared and row.reference and row.versus_reference is None:
+            lines.append(f"{name} has no question in common with {row.reference}.")
+    return list(dict.fromkeys(lines))
+
+
 def place_columns(rows: Sequence[Row]) -> list[str]:
-    """``model`` and ``task``, where rows differ in them."""
-    return [name for name in ("model", "task") if len({getattr(row, name) for row in rows}) > 1]
-
-
-def _accuracy(row: Row) -> str:
-    if row.accuracy is None:
-        return "failed"
-    return f"{100 * row.accuracy.value:5.1f} [{100 * row.accuracy.low:.1f}, {100 * row.accuracy.high:.1f}]"
-
-
-def _plus_minus(row: Row) -> str:
-    if row.accuracy is None:
-        return "failed"
-    return f"{100 * row.accuracy.value:5.1f} ±{50 * (row.accuracy.high - row.accuracy.low):.1f}"
-
-
-def _p_value(row: Row) -> str:
-    if row.versus_unpruned is None:
-        return ""
-    p = row.versus_unpruned.p_value
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _tokens(row: Row) -> str:
-    if row.visual_kept is None:
-        return ""
-    inside = row.visual_per_layer
-    less = inside is not None and abs(inside - row.visual_kept) >= 0.05
-    return f"{row.visual_kept:.1f}" + (f" ({inside:.1f})" if less else "")
-
-
-def bytes_text(number: float) -> str:
-    """Bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if number >= 100 or unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.2f} GiB"
+    """``source``, ``model``, ``task`` and ``seed``, where rows differ in them."""
+    return [name for name in ("source", "model", "task", "seed") if len({getattr(row, name) for row in rows}) > 1]

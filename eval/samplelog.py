@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,22 @@ class SampleLog:
     ----------
     path : Path
         The file; created if it does not exist.
+    beside : iterable of Path
+        Logs of other processes on the same cell, see `read`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, beside: Iterable[Path] = ()) -> None:
         self._answers: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.read(other for other in beside if other != path)
         good = self._read(path) if path.exists() else 0
         self._file = path.open("ab")
         self._file.truncate(good)
+
+    def read(self, paths: Iterable[Path]) -> None:
+        """Take over the answers of other logs, which their owners may be writing to."""
+        for path in paths:
+            self._read(path)
 
     def _read(self, path: Path) -> int:
         """Load the intact lines; returns where they end."""

@@ -13,6 +13,8 @@ _BOOKKEEPING = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps
     "input",
     "submission",
 }
+_PICTURE_KEYS = ("scene", "image_id", "imageId", "videoID")
+"""What documents call the picture or clip that they ask about; without one, its pixels tell."""
 _FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # what lmms-eval's API models answer when the server is down
 
 
@@ -58,14 +60,17 @@ def flatten(sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
     if answer.startswith(_FAILED):
         raise EvalError(f"The model did not answer document {sample['doc_id']}: {answer}")
     doc = sample.get("doc") or {}
+    tokens = dict((sample.get("token_counts") or [None])[0] or {})
+    picture, prompt = tokens.pop("picture", ""), tokens.pop("prompt", "")
     return {
         "doc_id": sample["doc_id"],
         "kind": doc.get("kind", ""),
-        "cluster": str(next((doc[key] for key in ("scene", "image_id", "imageId", "videoID") if key in doc), "")),
+        "cluster": str(next((doc[key] for key in _PICTURE_KEYS if key in doc), picture)),
+        "prompt": prompt,
         "score": score,
         "answer": answer,
         "target": sample.get("target"),
-        "tokens": (sample.get("token_counts") or [None])[0] or {},
+        "tokens": tokens,
     }
 
 

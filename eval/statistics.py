@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracies and paired differences with their uncertainty; scipy does the maths.
+"""Accuracies and paired differences with their uncertainty; scipy and statsmodels do the maths.
 
-Questions about one picture are not independent: intervals resample pictures (clusters), not questions. McNemar's test
-looks at questions, as is customary.
+Questions about one picture are not independent: intervals resample pictures (clusters), and tests flip the signs of
+pictures, not of questions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 2000
+PERMUTATIONS = 9999
 LEVEL = 0.95
+_DOUBT = (float("-inf"), float("inf"))  # one picture says nothing about others
+_TINY = 1e-12  # a resample in which the baseline has nothing right leaves the ratio unbounded
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,27 @@ class Paired:
     difference : Estimate
         Mean score minus the other's.
     p_value : float
-        Two-sided: exact McNemar for right/wrong scores, a sign-flip permutation test for others.
+        Two-sided, of no difference; see `paired`.
     lost, won : int
-        Questions that only the other, only this run got (more of).
+        Questions that only the other, only this run got (more of): right to wrong, wrong to right.
+    retained : Estimate or None
+        Mean score over the other's; None if the other has none right.
+    documents : int
+        Questions that were compared.
+    changed : int or None
+        Questions whose answer reads differently.
+    adjusted : float or None
+        ``p_value`` corrected for the other rows of the table, see `holm`.
     """
 
     difference: Estimate
     p_value: float
     lost: int
     won: int
+    retained: Estimate | None = None
+    documents: int = 0
+    changed: int | None = None
+    adjusted: float | None = None
 
 
 def accuracy(scores: Sequence[float], clusters: Sequence[str] | None = None) -> Estimate:
@@ -60,14 +75,19 @@ def accuracy(scores: Sequence[float], clusters: Sequence[str] | None = None) -> 
     """
     values = np.asarray(scores, float)
     grouped = clusters is not None and len(set(clusters)) < len(values)
-    if _binary(values) and (not grouped or np.ptp(values) == 0):
+    if np.isin(values, (0.0, 1.0)).all() and (not grouped or np.ptp(values) == 0):
         interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, method="wilson")
         return Estimate(float(values.mean()), float(interval.low), float(interval.high))
-    return Estimate(float(values.mean()), *_interval(values, clusters))
+    sums, sizes = _by_cluster(clusters, values, np.ones_like(values))
+    return Estimate(float(values.mean()), *_bootstrap(sums, sizes))
 
 
 def paired(scores: Sequence[float], baseline: Sequence[float], clusters: Sequence[str] | None = None) -> Paired:
     """Compare a run with a baseline, question by question.
+
+    Differences and ratios get percentile intervals of a paired bootstrap over clusters. The p-value is McNemar's exact
+    one where it applies: right/wrong scores, and no picture with several questions that changed. Else the signs of
+    the pictures' summed differences are permuted; where both apply they are the same test.
 
     Parameters
     ----------
@@ -76,38 +96,69 @@ def paired(scores: Sequence[float], baseline: Sequence[float], clusters: Sequenc
     clusters : sequence of str, optional
         As in `accuracy`.
     """
-    gain = np.asarray(scores, float) - np.asarray(baseline, float)
-    lost, won = int((gain < 0).sum()), int((gain > 0).sum())
-    return Paired(Estimate(float(gain.mean()), *_interval(gain, clusters)), _p_value(gain, lost, won), lost, won)
+    ours, theirs = np.asarray(scores, float), np.asarray(baseline, float)
+    gain = ours - theirs
+    sums, others, gains, sizes = _by_cluster(clusters, ours, theirs, gain, np.ones_like(gain))
+    retained = None
+    if others.sum() > 0:
+        retained = Estimate(float(sums.sum() / others.sum()), *_bootstrap(sums, others))
+    return Paired(
+        Estimate(float(gain.mean()), *_bootstrap(gains, sizes)),
+        _p_value(gains),
+        lost=int((gain < 0).sum()),
+        won=int((gain > 0).sum()),
+        retained=retained,
+        documents=len(gain),
+    )
 
 
-def _binary(values: np.ndarray) -> bool:
-    return bool(np.isin(values, (0.0, 1.0)).all())
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm's step-down method)."""
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
 
 
-def _p_value(gain: np.ndarray, lost: int, won: int) -> float:
-    if lost + won == 0:
+def _by_cluster(clusters: Sequence[str] | None, *columns: np.ndarray) -> list[np.ndarray]:
+    """The columns summed over each cluster."""
+    if clusters is None:
+        return list(columns)
+    group = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    return [np.bincount(group, column) for column in columns]
+
+
+def _p_value(gains: np.ndarray) -> float:
+    """Of summed differences that are independent of each other; those that are 0 say nothing."""
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    moved = gains[~np.isclose(gains, 0)]
+    if not len(moved):
         return 1.0
-    if np.isin(gain, (-1.0, 0.0, 1.0)).all():
-        return float(stats.binomtest(won, lost + won).pvalue)
+    if np.isin(moved, (-1.0, 1.0)).all():
+        table = [[0, int((moved < 0).sum())], [int((moved > 0).sum()), 0]]  # McNemar's test ignores the diagonal
+        return float(mcnemar(table, exact=True).pvalue)
     test = stats.permutation_test(
-        (gain,), np.mean, permutation_type="samples", vectorized=True, n_resamples=9999, rng=np.random.default_rng(0)
+        (moved,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=PERMUTATIONS,
+        batch=1000,
+        rng=np.random.default_rng(0),
     )
     return float(test.pvalue)
 
 
-def _interval(values: np.ndarray, clusters: Sequence[str] | None) -> tuple[float, float]:
-    """Percentile bootstrap over clusters; the seed is fixed, so that a table can be reproduced."""
-    names = np.arange(len(values)) if clusters is None else np.asarray(clusters)
-    group = np.unique(names, return_inverse=True)[1]
-    sums, sizes = np.bincount(group, values), np.bincount(group).astype(float)
-    if len(sums) < 2:
-        return float("-inf"), float("inf")  # one picture says nothing about others
+def _bootstrap(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
+    """Interval of ``sum(above) / sum(below)``; the seed is fixed, so that a table can be reproduced."""
+    if len(above) < 2:
+        return _DOUBT
     found = stats.bootstrap(
-        (sums, sizes),
-        lambda total, count, axis: total.sum(axis) / count.sum(axis),
+        (above, below),
+        lambda a, b, axis: a.sum(axis) / np.maximum(b.sum(axis), _TINY),
         paired=True,
         n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval

@@ -3,9 +3,10 @@
 
 OUT/cells/<id>/result.json      the cell, its metrics and provenance; its presence means that the cell is finished
 OUT/cells/<id>/samples.jsonl    one line per document
-OUT/cells/<id>/answers.jsonl    answers so far, while the cell runs
+OUT/cells/<id>/answers.jsonl    answers so far, while the cell runs; answers-1.jsonl, ... of further processes on it
 OUT/cells/<id>/failure.json     the traceback of a cell that raised; the next run tries it again
 OUT/cells/<id>/profile.json     measured cost
+OUT/locks/<id>                  held by the runner that is at the cell
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.eval.errors import EvalError
+from vtoken.eval.lock import CellLock
 
 RESULT, SAMPLES, ANSWERS, FAILURE, PROFILE = (
     "result.json",
@@ -59,6 +61,14 @@ class Store:
         """A file of a cell."""
         return self.root / "cells" / cell / name
 
+    def answers(self, cell: str) -> list[Path]:
+        """The logs of all processes that have worked on a cell that is not finished."""
+        return sorted(self.path(cell, "").glob(f"{Path(ANSWERS).stem}*.jsonl"))
+
+    def lock(self, cell: str) -> CellLock:
+        """The lock of a cell: hold it to write its results."""
+        return CellLock(self.root / "locks" / cell)
+
     def result(self, cell: str) -> dict[str, Any] | None:
         """The result of a finished cell; None for any other, and for a damaged file."""
         return self._read(self.path(cell, RESULT))
@@ -81,7 +91,8 @@ class Store:
         write_atomic(self.path(cell, SAMPLES), "".join(lines))
         write_atomic(self.path(cell, RESULT), dump(result))
         self.path(cell, FAILURE).unlink(missing_ok=True)
-        self.path(cell, ANSWERS).unlink(missing_ok=True)
+        for path in [*self.answers(cell), *self.path(cell, "").glob(".*.part")]:
+            path.unlink(missing_ok=True)
 
     def save_failure(self, cell: str, failure: dict[str, Any]) -> None:
         """Record what a cell raised."""
@@ -112,7 +123,7 @@ def dump(data: Any) -> str:
 def write_atomic(path: Path, text: str) -> None:
     """Write beside the target, then move into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

@@ -1,39 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished cells as rows of one table, each against the unpruned cell of the same model and task."""
+"""Runs as rows of a table: against the unpruned model, random at the same budget, and a run of another folder."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from vtoken.eval.cells import Cell
-from vtoken.eval.statistics import Estimate, Paired, accuracy, paired
+from vtoken.eval.runs import RANDOM, UNPRUNED, Run, runs_of
+from vtoken.eval.statistics import Estimate, Paired, accuracy, holm, paired
 from vtoken.eval.store import Store
 
-MEANS = ("visual_tokens", "visual_kept", "visual_per_layer")
+MEANS = ("visual_tokens", "visual_kept", "visual_per_layer", "evidence_recall")
 COSTS = ("prefill_ms", "speedup", "kv_bytes")
+VERSUS = ("versus_unpruned", "versus_random", "versus_reference")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell, summarized.
+    """One run, summarized.
 
     Parameters
     ----------
+    versus_unpruned, versus_random, versus_reference : Paired or None
+        Against the unpruned cell, `random` at the same budget, and the run that ``reference`` names.
     retained : float or None
-        Accuracy relative to the unpruned model's.
+        Accuracy relative to the unpruned model's; its interval is in ``versus_unpruned``.
     visual_tokens, visual_kept, visual_per_layer : float
         Means over questions, see `vtoken.eval.counts.Visual`.
+    evidence_recall : float or None
+        Mean over the questions whose documents say where the answer is, see `vtoken.eval.evidence`.
     kinds : dict
         Accuracy by kind of question, where the task has kinds.
     prefill_ms, speedup, kv_bytes : float or None
         Measured cost, see `vtoken.profile.measure_prefill`.
     error : str
         What the cell raised, "" if it finished.
+    source : str
+        The folder it was read from, where several are compared.
     """
 
     cell: str
@@ -48,73 +55,137 @@ class Row:
     visual_tokens: float | None = None
     visual_kept: float | None = None
     visual_per_layer: float | None = None
+    evidence_recall: float | None = None
     kinds: dict[str, float] | None = None
     prefill_ms: float | None = None
     speedup: float | None = None
     kv_bytes: float | None = None
     error: str = ""
+    source: str = ""
+    seed: int = 0
+    versus_random: Paired | None = None
+    versus_reference: Paired | None = None
+    reference: str = ""
 
 
 def summarize(cells: Sequence[Cell], store: Store) -> list[Row]:
     """One row per cell that was finished or failed, in the order of the cells."""
-    samples = {cell.id: store.samples(cell.id) for cell in cells if store.result(cell.id) is not None}
-    baselines = {_group(cell): samples[cell.id] for cell in cells if cell.reducer is None and cell.id in samples}
+    return rows_of(runs_of(cells, store))
+
+
+def rows_of(runs: Sequence[Run], references: Mapping[tuple[str, str], Run] | None = None) -> list[Row]:
+    """One row per run.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        In the order of the table.
+    references : mapping, optional
+        Source and id of a run -> the run that it is compared with, besides the unpruned and the random one of its own
+        folder.
+    """
+    others = references or {}
+    finished = [run for run in runs if run.samples]
+    unpruned = {run.group: run for run in finished if run.reducer == UNPRUNED}
+    random = {(run.group, run.keep): run for run in finished if run.reducer == RANDOM}
     rows = []
-    for cell in cells:
-        if cell.id in samples:
-            rows.append(_row(cell, samples[cell.id], baselines.get(_group(cell)), store.profile(cell.id) or {}))
-        elif failure := store.failure(cell.id):
-            rows.append(Row(**_names(cell), error=failure["error"] or "unknown error"))
-    return rows
+    for run in runs:
+        row = _row(run)
+        if run.samples:
+            control = random.get((run.group, run.keep))
+            row = _compared(row, run, (unpruned.get(run.group), control, others.get((run.source, run.id))))
+        rows.append(row)
+    return corrected(rows)
 
 
-def _group(cell: Cell) -> tuple:
-    return cell.model, cell.task, cell.limit, cell.seed, cell.batch_size
+def corrected(rows: Sequence[Row]) -> list[Row]:
+    """Rows with Holm's correction: over the rows of a model and task, for each of the three comparisons."""
+    out = list(rows)
+    for name in VERSUS:
+        tables: dict[tuple[str, ...], list[int]] = {}
+        for number, row in enumerate(out):
+            if getattr(row, name) is not None:
+                tables.setdefault((row.source, row.model, row.task), []).append(number)
+        for numbers in tables.values():
+            found = [getattr(out[i], name) for i in numbers]
+            for i, versus, p in zip(numbers, found, holm([v.p_value for v in found]), strict=True):
+                change: dict[str, Any] = {name: dataclasses.replace(versus, adjusted=p)}
+                out[i] = dataclasses.replace(out[i], **change)
+    return out
 
 
-def _names(cell: Cell) -> dict[str, Any]:
-    return {
-        "cell": cell.id,
-        "model": cell.model.pretrained,
-        "task": cell.task.name,
-        "reducer": cell.label,
-        "keep": cell.keep,
+def compare_runs(run: Run, other: Run) -> Paired | None:
+    """Question by question, where both were asked the same ones; None if they have none in common."""
+    theirs = {sample["doc_id"]: sample for sample in other.samples}
+    same_data = run.config["task"] == other.config["task"]
+    pairs = [
+        (sample, twin)
+        for sample in run.samples
+        if (twin := theirs.get(sample["doc_id"])) and _same_question(sample, twin, same_data)
+    ]
+    if not pairs:
+        return None
+    ours, others = zip(*pairs, strict=True)
+    found = paired([s["score"] for s in ours], [s["score"] for s in others], _clusters(ours))
+    return dataclasses.replace(found, changed=sum(a["answer"] != b["answer"] for a, b in pairs))
+
+
+def _same_question(sample: dict, twin: dict, same_data: bool) -> bool:
+    """Equal prompts and pixels; or, where a task phrases prompts by model, the same data, picture and answer."""
+    if sample.get("prompt") and sample.get("prompt") == twin.get("prompt"):
+        return True
+    return same_data and all(sample.get(key) == twin.get(key) for key in ("target", "cluster"))
+
+
+def _row(run: Run) -> Row:
+    names = {
+        "cell": run.id,
+        "model": run.model,
+        "task": run.task,
+        "reducer": run.reducer,
+        "keep": run.keep,
+        "seed": run.config["seed"],
     }
-
-
-def _row(cell: Cell, samples: list[dict], baseline: list[dict] | None, profile: dict[str, Any]) -> Row:
-    scores, clusters = [s["score"] for s in samples], _clusters(samples)
-    versus, retained = None, None
-    if baseline is not None and cell.reducer is not None:
-        if [s["doc_id"] for s in samples] != [s["doc_id"] for s in baseline]:
-            raise ValueError(f"Cell {cell.id} and its unpruned cell answered different documents.")
-        versus = paired(scores, [s["score"] for s in baseline], clusters)
-    if baseline is not None and (whole := fmean(s["score"] for s in baseline)):
-        retained = fmean(scores) / whole
-    means: dict[str, Any] = {name: _mean(samples, name) for name in MEANS}
-    costs: dict[str, Any] = {name: profile.get(name) for name in COSTS}
+    if not run.samples:
+        return Row(**names, source=run.source, error=run.error or "no documents")
+    means: dict[str, Any] = {name: _mean(run.samples, name) for name in MEANS}
+    costs: dict[str, Any] = {name: run.profile.get(name) for name in COSTS}
     return Row(
-        **_names(cell),
+        **names,
         **means,
         **costs,
-        documents=len(samples),
-        accuracy=accuracy(scores, clusters),
-        versus_unpruned=versus,
-        retained=retained,
-        kinds=_by_kind(samples),
+        source=run.source,
+        documents=len(run.samples),
+        accuracy=accuracy([s["score"] for s in run.samples], _clusters(run.samples)),
+        kinds=_by_kind(run.samples),
     )
 
 
-def _clusters(samples: list[dict]) -> list[str] | None:
-    return [s["cluster"] for s in samples] if all(s["cluster"] for s in samples) else None
+def _compared(row: Row, run: Run, against: tuple[Run | None, Run | None, Run | None]) -> Row:
+    unpruned, random, reference = (other if other is not run else None for other in against)
+    versus = compare_runs(run, unpruned) if unpruned else None
+    retained = 1.0 if run.reducer == UNPRUNED else versus.retained.value if versus and versus.retained else None
+    return dataclasses.replace(
+        row,
+        versus_unpruned=versus,
+        retained=retained,
+        versus_random=compare_runs(run, random) if random and run.reducer != UNPRUNED else None,
+        versus_reference=compare_runs(run, reference) if reference else None,
+        reference=f"{reference.source}: {reference.name}" if reference else "",
+    )
 
 
-def _mean(samples: list[dict], name: str) -> float | None:
+def _clusters(samples: Iterable[dict]) -> list[str]:
+    """The picture of each question; one without a picture stands for itself."""
+    return [s["cluster"] or f"document {s['doc_id']}" for s in samples]
+
+
+def _mean(samples: Sequence[dict], name: str) -> float | None:
     values = [s["tokens"][name] for s in samples if name in s["tokens"]]
     return fmean(values) if values else None
 
 
-def _by_kind(samples: list[dict]) -> dict[str, float] | None:
+def _by_kind(samples: Sequence[dict]) -> dict[str, float] | None:
     kinds = list(dict.fromkeys(s["kind"] for s in samples if s["kind"]))
     return {kind: fmean(s["score"] for s in samples if s["kind"] == kind) for kind in kinds} or None
 
@@ -124,35 +195,8 @@ def row_from(data: Mapping[str, Any]) -> Row:
     fields = dict(data)
     if mean := fields.get("accuracy"):
         fields["accuracy"] = Estimate(**mean)
-    if versus := fields.get("versus_unpruned"):
-        fields["versus_unpruned"] = Paired(**{**versus, "difference": Estimate(**versus["difference"])})
+    for name in VERSUS:
+        if versus := fields.get(name):
+            estimates = {key: Estimate(**versus[key]) for key in ("difference", "retained") if versus.get(key)}
+            fields[name] = Paired(**{**versus, **estimates})
     return Row(**fields)
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV; nested values become columns such as ``accuracy_low`` and ``kind_color``."""
-    flat = [_flatten(row) for row in rows]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return file.getvalue()
-
-
-def _flatten(row: Row) -> dict[str, Any]:
-    data = asdict(row)
-    kinds = data.pop("kinds") or {}
-    mean, versus = data.pop("accuracy") or {}, data.pop("versus_unpruned") or {}
-    difference = versus.pop("difference", {})
-    return {
-        **data,
-        **{_join("accuracy", k): v for k, v in mean.items()},
-        **{_join("difference", k): v for k, v in difference.items()},
-        **versus,
-        **{f"kind_{k}": v for k, v in kinds.items()},
-    }
-
-
-def _join(name: str, part: str) -> str:
-    return name if part == "value" else f"{name}_{part}"

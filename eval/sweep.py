@@ -1,111 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweeps: a grid of models x tasks x reducers x keep ratios, read from YAML, checked, expanded into cells."""
+"""Sweeps: a grid of models x tasks x reducers x keep ratios x seeds, read from YAML, checked, expanded into cells."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from vtoken.budget import Keep, check_keep
-from vtoken.eval.arguments import read_reducer
-from vtoken.eval.cells import Cell, grid, with_keeps
+from vtoken.eval.cells import Cell, grid
+from vtoken.eval.entries import ExecutorEntry, ModelEntry, TaskEntry
 from vtoken.eval.errors import EvalError, unknown
-from vtoken.eval.loading import ModelSpec
-from vtoken.eval.tasksource import resolve_tasks
+from vtoken.eval.loading import ModelSpec, pin
+from vtoken.eval.points import expand, points
+from vtoken.eval.preprocessing import PRESETS
+from vtoken.eval.sweepfile import anchored, checked, read_mapping
+from vtoken.eval.tasksource import TaskRef
 from vtoken.reducers.base import Reducer
 
 
-class ModelEntry(BaseModel):
-    """A model of a sweep; a plain string stands for ``{pretrained: ...}``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    pretrained: str
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    device_map: str | None = None
-    attn_implementation: str | None = None
+def _check_reducer(spec: Any) -> Any:
+    expand(spec)
+    return spec
 
 
 class Sweep(BaseModel):
-    """What a sweep file holds.
+    """What a sweep file holds. Relative paths in it start at the file's own folder.
 
     Parameters
     ----------
     models : list
         Names, or mappings with the fields of `ModelEntry`.
-    tasks : list of str
-        Names of bundled or lmms-eval tasks.
+    tasks : list
+        Names, folders, or mappings with the fields of `TaskEntry`.
     reducers : list
-        Names, presets, or mappings with the key ``reducer`` and its parameters. The unpruned model is always there.
+        Entries as in `vtoken.eval.points.expand`. The unpruned model is always there.
     keep : list of float or int
-        Budgets; every reducer that has one is run at each.
+        Budgets; every reducer that has one and was given none of its own is run at each. By default its default.
     limit : int, optional
         Documents per task; all by default.
-    seed, batch_size : int
-        As in `vtoken.eval.cells.Cell`.
+    seeds : list of int
+        Of lmms-eval and of reducers that draw at random: the whole grid is run for each.
+    batch_size : int
+        Prompts per forward pass.
+    preprocessing : str
+        As in `vtoken.eval.loading.ModelSpec`, for all models that do not say it themselves.
+    executor : str or mapping
+        A name, or a mapping with the key ``name`` and options, see `vtoken.eval.executors`.
+    empty_limit : float, optional
+        Share of empty answers above which a cell fails; the executor's default otherwise.
+    out : str, optional
+        Results folder.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     models: list[ModelEntry] = Field(min_length=1)
-    tasks: list[str] = Field(min_length=1)
-    reducers: list[str | dict[str, Any]] = Field(min_length=1)
-    keep: list[float | int | str] = Field(min_length=1)
+    tasks: list[TaskEntry] = Field(min_length=1)
+    reducers: list[Annotated[Any, AfterValidator(_check_reducer)]] = Field(min_length=1)
+    keep: list[Annotated[Any, AfterValidator(check_keep)]] = Field(default=[], min_length=1)
     limit: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     batch_size: int = Field(default=1, ge=1)
+    preprocessing: str = PRESETS[0]
+    executor: ExecutorEntry = ExecutorEntry()
+    empty_limit: float | None = Field(default=None, ge=0, le=1)
+    out: str | None = None
+    _where: str = PrivateAttr(default="")
 
-    @field_validator("models", mode="before")
+    @field_validator("preprocessing")
     @classmethod
-    def _names_are_models(cls, models: Any) -> Any:
-        if not isinstance(models, list):
-            return models
-        return [{"pretrained": model} if isinstance(model, str) else model for model in models]
+    def _known_preset(cls, name: str) -> str:
+        if name not in PRESETS:
+            raise unknown("preprocessing", name, PRESETS)
+        return name
 
     @property
     def budgets(self) -> list[Keep]:
         """``keep``, checked."""
-        return [check_keep(keep) for keep in self.keep]
+        return list(self.keep)
 
-    def points(self) -> list[Reducer | None]:
-        """Every reducer at every budget, the unpruned model first.
+    def points(self, seed: int = 0) -> list[Reducer | None]:
+        """Every reducer at every budget, the unpruned model first."""
+        return points(self.reducers, self.budgets, seed)
 
-        Raises
-        ------
-        ValueError
-            For an unknown reducer or parameter, or an impossible budget.
-        """
-        budgets = self.budgets
-        found: list[Reducer | None] = [None]
-        for spec in self.reducers:
-            if (reducer := read_reducer(spec)) is not None:
-                found += with_keeps(reducer, budgets)
-        return found
-
-    def cells(self) -> list[Cell]:
-        """The grid, resolved.
+    def cells(self, pin: Callable[[ModelSpec], tuple[str, str]] = pin) -> list[Cell]:
+        """The grid, resolved; see `vtoken.eval.cells.grid` for ``pin``.
 
         Raises
         ------
-        ValueError
-            If any name or value in it is wrong.
+        EvalError
+            If there is no such task, or ``pin`` raises.
         """
-        points = self.points()
-        models = [ModelSpec(**entry.model_dump()) for entry in self.models]
-        return grid(
-            models,
-            resolve_tasks(self.tasks),
-            points,
-            limit=self.limit,
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
+        pin, cells = functools.cache(pin), {}
+        tasks = self._tasks()
+        for entry in self.models:
+            spec = entry.spec(self.preprocessing)
+            for task, limit in tasks:
+                for seed in self.seeds:
+                    options: dict[str, Any] = {"limit": limit, "seed": seed, "batch_size": self.batch_size}
+                    found = grid([spec], [task], self.points(seed), pin=pin, **options)
+                    cells.update({cell.id: cell for cell in found})
+        return list(cells.values())
+
+    def _tasks(self) -> list[tuple[TaskRef, int | None]]:
+        found = {}
+        for number, entry in enumerate(self.tasks):
+            try:
+                found.update(dict.fromkeys(entry.resolve(), entry.limit or self.limit))
+            except EvalError as error:
+                raise EvalError(f"{self._where}tasks[{number}]: {error}") from None
+        return list(found.items())
+
+    def limited(self, limit: int | None) -> Sweep:
+        """The same with that many documents of every task; None changes nothing."""
+        if limit is None:
+            return self
+        tasks = [entry.model_copy(update={"limit": None}) for entry in self.tasks]
+        return self.model_copy(update={"limit": limit, "tasks": tasks})
 
 
 def load_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
@@ -123,36 +138,29 @@ def load_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
     EvalError
         Naming file, key, value and what is allowed.
     """
-    try:
-        found = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise EvalError(f"The sweep file {str(path)!r} cannot be read: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        raise EvalError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, Mapping):
-        raise EvalError(f"{path} must hold a mapping with the keys {', '.join(Sweep.model_fields)}.")
-    given = {**found, **{key: value for key, value in (overrides or {}).items() if value is not None}}
-    try:
-        return Sweep(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "" if (overrides or {}).get(str(first["loc"][0])) is not None else f"{path}: "
-        raise EvalError(where + _sentence(first)) from None
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    found = anchored(read_mapping(path, Sweep.model_fields), path.parent)
+    sweep = checked(Sweep, {**found, **given}, path, given)
+    sweep._where = "" if "tasks" in given else f"{path}: "
+    return sweep
 
 
-def _sentence(error: Any) -> str:
-    """One of pydantic's error records in words."""
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = ModelEntry.model_fields if error["loc"][0] == "models" else Sweep.model_fields
-        return str(unknown("key", str(error["loc"][-1]), known))
-    if error["type"] == "missing":
-        return f"the key {key!r} is missing."
-    return f"{key}={error['input']!r} is not possible: {error['msg'][0].lower()}{error['msg'][1:]}."
+def shipped_sweeps() -> dict[str, Path]:
+    """Sweeps that come with the package, by name."""
+    import vtoken.configs
+
+    return {path.stem: path for path in sorted((Path(vtoken.configs.__path__[0]) / "sweeps").glob("*.yaml"))}
 
 
 def shipped_sweep(name: str) -> Path:
-    """A sweep that comes with the package."""
-    import vtoken.configs
+    """A sweep that comes with the package.
 
-    return Path(vtoken.configs.__path__[0]) / "sweeps" / f"{name}.yaml"
+    Raises
+    ------
+    EvalError
+        For an unknown name.
+    """
+    known = shipped_sweeps()
+    if name not in known:
+        raise unknown("sweep", name, known)
+    return known[name]

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks by name: bundled ones without touching lmms-eval, the others from its own index."""
+"""Tasks by name: bundled ones without touching lmms-eval, others from its own index or from a folder of the user's."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import importlib.metadata
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vtoken.eval.errors import unknown
+from vtoken.eval.errors import EvalError, unknown
 from vtoken.eval.harness import require, task_manager, task_object
 from vtoken.eval.tasks import FOLDER, bundled_tasks
 
@@ -28,6 +30,9 @@ STOCK_PROMPTS = {
 """``config.model_type`` -> the lmms-eval model whose prompts a task gives: tasks phrase questions by model name."""
 
 
+_TASKS = ("task", "python_task")
+
+
 @dataclass(frozen=True)
 class TaskRef:
     """A task, pinned.
@@ -39,17 +44,24 @@ class TaskRef:
     version : str
         Of the task's definition.
     fingerprint : str
-        Of its data for bundled tasks, of its YAML for others (whose data are pinned by the dataset's own fingerprint,
-        which the result records).
+        Of its data for bundled tasks, of all files for those of a folder, of its YAML for others (whose data are
+        pinned by the dataset's own fingerprint, which the result records).
+    folder : str
+        Where a task of the user's is defined, "" for others. The fingerprint pins what is in it, so that it may move.
     """
 
     name: str
     version: str
     fingerprint: str
+    folder: str = ""
+
+    def config(self) -> dict[str, str]:
+        """What decides the score, as plain data."""
+        return {"name": self.name, "version": self.version, "fingerprint": self.fingerprint}
 
 
-def resolve_tasks(names: list[str]) -> list[TaskRef]:
-    """Pin tasks; groups and tags of lmms-eval are replaced by their tasks.
+def resolve_tasks(names: Sequence[str]) -> list[TaskRef]:
+    """Pin tasks; groups and tags of lmms-eval are replaced by their tasks, a folder by those that it defines.
 
     Raises
     ------
@@ -60,28 +72,72 @@ def resolve_tasks(names: list[str]) -> list[TaskRef]:
     bundled = bundled_tasks()
     refs: list[TaskRef] = []
     for name in names:
-        refs += [_bundled(name)] if name in bundled else [_foreign(leaf) for leaf in _leaves(name)]
+        if is_folder(name):
+            refs += folder_tasks(name)
+        else:
+            refs += [_bundled(name)] if name in bundled else [_foreign(leaf) for leaf in _leaves(name, _manager(None))]
     return list(dict.fromkeys(refs))
 
 
-def _bundled(name: str) -> TaskRef:
-    from vtoken.eval.tasks.data import load_data
-
-    shared = yaml.load((FOLDER / "shared.yaml").read_text(), Loader=_Opaque)
-    return TaskRef(name, str(shared["metadata"]["version"]), load_data().fingerprint)
+def is_folder(name: str) -> bool:
+    """Whether a name is meant as a folder: no task of lmms-eval has a slash in its name."""
+    return "/" in name or os.sep in name
 
 
-def foreign_tasks() -> list[str]:
-    """Names of lmms-eval's own tasks and groups."""
+def folder_tasks(folder: str, names: Sequence[str] = ()) -> list[TaskRef]:
+    """Pin tasks that a folder defines by lmms-eval task YAMLs: those named, or all.
+
+    Raises
+    ------
+    EvalError
+        If there is no such folder, or no such task in it.
+    """
     require()
-    return list(_manager(None).all_tasks)
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise EvalError(f"There is no task folder {folder!r}: give one with lmms-eval task YAMLs, or a task's name.")
+    manager = _folder_manager(str(root), None)
+    defined = [name for name in manager.all_tasks if manager.task_index[name]["type"] in _TASKS]
+    if not defined:
+        raise EvalError(f"The folder {folder!r} defines no lmms-eval task: put YAML files with the key 'task' into it.")
+    leaves = [leaf for name in names or defined for leaf in _leaves(name, manager)]
+    digest = _folder_digest(root)
+    return [TaskRef(leaf, "local", digest, str(root)) for leaf in dict.fromkeys(leaves)]
 
 
-class _Opaque(yaml.SafeLoader):
+def _folder_digest(root: Path) -> str:
+    """sha256 over the names and contents of all files, hidden ones and bytecode left out."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        parts = path.relative_to(root).parts
+        if path.is_file() and "__pycache__" not in parts and not any(part.startswith(".") for part in parts):
+            digest.update("/".join(parts).encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _bundled(name: str) -> TaskRef:
+    from vtoken.eval.tasks.data import MIXED, load_data, version
+
+    config = yaml.load((FOLDER / f"{name}.yaml").read_text(), Loader=OpaqueLoader)
+    data = (config.get("dataset_kwargs") or {}).get("name", MIXED)
+    return TaskRef(name, str(version(data)), load_data(data).fingerprint)
+
+
+def task_files() -> dict[str, Path | None]:
+    """Names of lmms-eval's own tasks, groups and tags, with the YAML file that defines each; tags have none."""
+    require()
+    index = _manager(None).task_index
+    paths = {name: index[name].get("yaml_path") for name in _manager(None).all_tasks}
+    return {name: Path(path) if isinstance(path, (str, Path)) else None for name, path in paths.items()}
+
+
+class OpaqueLoader(yaml.SafeLoader):
     """Reads a task YAML without importing the functions it names."""
 
 
-_Opaque.add_constructor("!function", lambda loader, node: node.value)
+OpaqueLoader.add_constructor("!function", lambda loader, node: node.value)
 
 
 def _foreign(name: str) -> TaskRef:
@@ -90,34 +146,38 @@ def _foreign(name: str) -> TaskRef:
     return TaskRef(name, version, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def _leaves(name: str) -> list[str]:
-    manager = _manager(None)
+def _leaves(name: str, manager: Any) -> list[str]:
     if name not in manager.all_tasks:
-        known = [*bundled_tasks(), *manager.all_tasks]
+        known = [*bundled_tasks(), *manager.all_tasks] if manager is _manager(None) else manager.all_tasks
         raise unknown("task", name, known, "vtoken tasks lists what can be run")
     entry = manager.task_index[name]
-    if entry["type"] in ("task", "python_task"):
+    if entry["type"] in _TASKS:
         return [name]
     members = entry["task"]
     if members == -1:  # a group: its YAML names the members
-        members = yaml.load(Path(entry["yaml_path"]).read_text(), Loader=_Opaque)["task"]
+        members = yaml.load(Path(entry["yaml_path"]).read_text(), Loader=OpaqueLoader)["task"]
     names = [member if isinstance(member, str) else member["task"] for member in members]
-    return [leaf for member in names for leaf in _leaves(member)]
+    return [leaf for member in names for leaf in _leaves(member, manager)]
 
 
 @functools.cache
-def load_task(name: str, model_type: str = "") -> Any:
+def load_task(name: str, model_type: str = "", folder: str = "") -> Any:
     """The lmms-eval task object; its data are loaded once per process.
 
     Parameters
     ----------
     name : str
-        A bundled task or one of lmms-eval.
+        A bundled task, one of lmms-eval or one of ``folder``.
     model_type : str
         Selects the phrasing of the prompts, see `STOCK_PROMPTS`.
+    folder : str
+        As in `TaskRef`.
     """
     prompts = STOCK_PROMPTS.get(model_type)
-    manager = _bundled_manager() if name in bundled_tasks() else _manager(prompts)
+    if folder:
+        manager = _folder_manager(folder, prompts)
+    else:
+        manager = _folder_manager(str(FOLDER), None) if name in bundled_tasks() else _manager(prompts)
     return task_object(name, manager)
 
 
@@ -127,5 +187,5 @@ def _manager(prompts: str | None) -> Any:
 
 
 @functools.cache
-def _bundled_manager() -> Any:
-    return task_manager(include_path=str(FOLDER), include_defaults=False)
+def _folder_manager(folder: str, prompts: str | None) -> Any:
+    return task_manager(include_path=folder, include_defaults=False, model_name=prompts)

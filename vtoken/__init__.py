@@ -2,8 +2,9 @@
 """Training-free visual-token reducers for stock Hugging Face vision-language models."""
 
 from vtoken.budget import budget
-from vtoken.context import Cut, ItemLayout, VisualContext
+from vtoken.context import Cut, ItemLayout, TowerContext, VisualContext
 from vtoken.encoder import EncoderRead
+from vtoken.light import LightLayer
 from vtoken.reducers import *  # noqa: F403
 from vtoken.reducers import __all__ as _reducers
 from vtoken.registry import get_reducer, list_presets, list_reducers, register
@@ -20,8 +21,10 @@ __all__ = [
     "EncoderRead",
     "ImageStats",
     "ItemLayout",
+    "LightLayer",
     "Stats",
     "TokenMap",
+    "TowerContext",
     "VisualContext",
     "budget",
     "get_reducer",

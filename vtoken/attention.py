@@ -23,7 +23,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 BACKEND = "vtoken_tap"
 
 Reader = Callable[[nn.Module, Tensor, Tensor, "Tensor | None", dict[str, Any]], None]
-"""``reader(module, query (B, H, Q, d), key (B, G, K, d), mask, kwargs)``."""
+"""``reader(module, query (B, H, Q, d), key (B, G, K, d), mask, kwargs)``; ``kwargs["value"]`` is (B, G, K, d)."""
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None", dict[str, Any]], Tensor]
+"""``attend(module, query, key, value, mask, kwargs)`` gives the output (B, Q, H, d) that the backend would."""
+_PARTS = "_vtoken_parts"
 
 
 class _ConfigProxy:
@@ -46,7 +49,11 @@ def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     proxy: Any = module.config
     real = proxy.real
     implementation = real._attn_implementation
-    module._vtoken_reader(module, query, key, attention_mask, kwargs)  # type: ignore[operator]
+    parts = vars(module)[_PARTS]
+    if (reader := parts.get("reader")) is not None:
+        reader(module, query, key, attention_mask, {**kwargs, "value": value})
+    if (attend := parts.get("attend")) is not None:
+        return attend(module, query, key, value, attention_mask, kwargs), None
     if implementation in (None, "eager"):
         backend = sys.modules[type(module).__module__].eager_attention_forward
     else:
@@ -61,20 +68,34 @@ def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
 AttentionInterface.register(BACKEND, _tapped)
 
 
-@contextlib.contextmanager
-def tap(module: nn.Module, reader: Reader) -> Iterator[None]:
+def tap(module: nn.Module, reader: Reader) -> contextlib.AbstractContextManager[None]:
     """While open, ``reader`` sees queries and keys of every call of this attention module."""
-    config, outer = module.config, vars(module).get("_vtoken_reader")
-    module._vtoken_reader = reader  # type: ignore[assignment]
-    module.config = _ConfigProxy(config.real if outer else config)  # type: ignore[assignment]
+    return _intercepted(module, reader=reader)
+
+
+def replaced(module: nn.Module, attend: Attend) -> contextlib.AbstractContextManager[None]:
+    """While open, ``attend`` takes the place of the attention backend of this module."""
+    return _intercepted(module, attend=attend)
+
+
+def untapped(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """While open, no reader sees the calls of this attention module, and its own backend serves them."""
+    return _intercepted(module, reader=None, attend=None)
+
+
+@contextlib.contextmanager
+def _intercepted(module: nn.Module, **parts: Any) -> Iterator[None]:
+    config, outer = module.config, vars(module).get(_PARTS)
+    setattr(module, _PARTS, {**(outer or {}), **parts})
+    module.config = _ConfigProxy(config.real if outer is not None else config)  # type: ignore[assignment]
     try:
         yield
     finally:
         module.config = config
-        if outer:  # a peek inside of a tap
-            module._vtoken_reader = outer
+        if outer is not None:  # a peek inside of a tap
+            setattr(module, _PARTS, outer)
         else:
-            del module._vtoken_reader
+            delattr(module, _PARTS)
 
 
 @contextlib.contextmanager

@@ -126,6 +126,7 @@ class CacheState:
         known = {id(s): bool(s.all()) for s in stored}
         self.full = [known[id(s)] for s in stored]  # decided once: no device sync per decoding step
         self.same_as_first = [s is stored[0] for s in stored]  # the model builds the mask of layer 0 itself
+        self.uniform = all(self.same_as_first)
         static = is_static(cache)
         self.static_length = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers) if static else 0
         setattr(cache, STATE, self)
@@ -174,6 +175,25 @@ class CacheState:
             now = have + junk  # index of the single query
             valid[:, : stored.shape[1]] &= self.places[index][:, :have] > now - window
         return pad(valid, (junk, 0)) if junk else valid
+
+    def step_mask(self, cache: Cache, index: int, given: Tensor) -> Tensor:
+        """The prepared mask of layer ``index`` for one new token, from the one of another full-attention layer.
+
+        Both stored the tokens since the pruned prefill. So nothing is asked of transformers' mask code, which would
+        wait for the device to see whether all columns are valid.
+
+        Parameters
+        ----------
+        given : Tensor
+            (B, 1, 1, columns of the other layer), boolean or additive, or (B, columns) for flash attention.
+        """
+        stored = self.stored[index][:, : stored_length(cache, index)]
+        tail = stored_length(cache, index) + 1 - stored.shape[1]
+        seen = (stored if given.dim() == 2 else stored[:, None, None]).expand(*given.shape[:-1], -1)
+        known = seen.to(given.dtype)
+        if given.is_floating_point():
+            known = torch.zeros_like(known).masked_fill(~seen, torch.finfo(given.dtype).min)
+        return torch.cat([known, given[..., given.shape[-1] - tail :]], -1)
 
 
 def state_of(cache: Cache | None) -> CacheState | None:

@@ -83,10 +83,29 @@ class Cut:
 
 @dataclass
 class Attention:
-    """Rows of decoder attention: ``probabilities`` (B, H, R, S) and which rows are real, ``valid`` (B, R)."""
+    """Rows of decoder attention: ``probabilities`` (B, H, R, S) and which rows are real, ``valid`` (B, R).
+
+    ``values`` (B, G, S, d), G dividing H, are what the rows average, where the layer was tapped.
+    """
 
     probabilities: Tensor
     valid: Tensor
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TowerContext:
+    """What a reducer sees inside of the vision tower: V views of G groups of patches each.
+
+    A group is what becomes one token: a single patch, or the 2 x 2 patches that the model merges later.
+
+    Parameters
+    ----------
+    statistics : mapping of str to Tensor
+        (V, G) of the block before the cut, mean over the patches of a group, by the names of `Reducer.tower_reads`.
+    """
+
+    statistics: Mapping[str, Tensor]
 
 
 @dataclass
@@ -105,8 +124,15 @@ class VisualContext:
         One per item.
     encoder : mapping of EncoderRead to Tensor
         (I, N) or (I, N, C) statistics of the vision tower; NaN where a token has none.
+    resampled : sequence of Tensor
+        (rows, columns, D) features of each item, encoded at the resolution that `Reducer.picture_grid` asked for.
     layer : int
         -1 before the language model, else the decoder layer that comes next.
+    peek : callable
+        At a layer: ``peek(what)`` gives attention rows of the coming layer, named as in `Reducer.taps`.
+    rerun : callable
+        At a layer: ``rerun(keep)`` gives the states (B, S, D) that the coming layer makes of the tokens ``keep``
+        (B, S) bool if there are no others; those of other tokens mean nothing.
     scratch : dict
         What a reducer leaves for its later layers in the same prefill.
     """
@@ -120,11 +146,13 @@ class VisualContext:
     position_ids: Tensor | None = None
     projector_input: Tensor | None = None
     projector: Callable[[Tensor], Tensor] | None = None
+    resampled: Sequence[Tensor] = ()
     sizes: Tensor | None = None
     layer: int = -1
     depth: int = 0
     attention: dict[int, Attention] = field(default_factory=dict)
     peek: Callable[[str], Attention] | None = None
+    rerun: Callable[[Tensor], Tensor] | None = None
     newlines: str = "drop"
     scratch: dict[Any, Any] = field(default_factory=dict)
 

@@ -2,18 +2,20 @@
 """What a reducer may read from one layer of the vision tower: [CLS] rows, received attention, keys.
 
 Each statistic is a function ``(query, key, scale, first) -> (views, patches)`` or ``(views, patches, C)``; ``first`` is
-the index of the first patch (1 if the tower has a [CLS] token). Nothing of size patches x patches is kept in memory.
+the index of the first patch (1 if the tower has a [CLS] token). Queries and keys are multiplied in their own dtype, as
+the tower does; softmax and sums are float32. Attention of all patches is streamed: `BLOCK` of it exists at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-CHUNK = 512  # query rows at a time
+BLOCK = 1 << 22
+"""Attention weights that exist at a time: 16 MiB of logits and 16 MiB of probabilities in float32."""
 
 
 @dataclass(frozen=True)
@@ -52,32 +54,52 @@ class EncoderRead:
 
 
 def _cls_logits(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
-    return ((query[:, :, :1].float() @ key.float().mT) * scale)[:, :, 0, first:].mean(1)
+    return ((query[:, :, :1] * scale) @ key.mT)[:, :, 0, first:].mean(1, dtype=torch.float32)
 
 
 def _cls(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
-    return ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)[:, :, 0, first:].mean(1)
+    rows = ((query[:, :, :1] * scale) @ key.mT).softmax(-1, dtype=torch.float32)
+    return rows[:, :, 0, first:].mean(1)
 
 
 def _received(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
-    keys = key.float().mT
-    total = torch.zeros((), device=query.device)
-    for rows in query[:, :, first:].split(CHUNK, 2):
-        total = total + ((rows.float() @ keys) * scale).softmax(-1)[..., first:].sum((1, 2))
-    return total / (query.shape[1] * (query.shape[2] - first))
+    views, heads, tokens, _ = query.shape
+    total = torch.zeros(views, tokens, device=query.device)
+    for some, _, rows in _patch_rows(query, key, scale, first):
+        flat = rows.flatten(1, 2)
+        total[some] += (flat.new_ones(len(flat), 1, flat.shape[1]) @ flat)[:, 0]  # faster than a sum over rows
+    return total[:, first:] / (heads * (tokens - first))
 
 
 def _given(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
-    keys = key.float().mT
-    rows = [
-        ((part.float() @ keys) * scale).softmax(-1)[..., first:].mean(-1).mean(1)
-        for part in query[:, :, first:].split(CHUNK, 2)
-    ]
-    return torch.cat(rows, 1)
+    views, heads, tokens, _ = query.shape
+    total = torch.zeros(views, tokens - first, device=query.device)
+    for some, span, rows in _patch_rows(query, key, scale, first):
+        total[some, span] += rows[..., first:].mean(-1).sum(1)
+    return total / heads
 
 
 def _keys(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
-    return key[:, :, first:].float().mean(1)
+    return key[:, :, first:].mean(1, dtype=torch.float32)
+
+
+def _patch_rows(query: Tensor, key: Tensor, scale: float, first: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Attention of the patches, block by block: views, patches and their rows (views, heads, patches, N) in float32.
+
+    A block is some rows of one head, or all rows of some heads of one view, or some whole views.
+    """
+    views, heads, tokens, _ = query.shape
+    height = min(tokens - first, max(1, BLOCK // tokens))
+    width = min(heads, max(1, BLOCK // (height * tokens)))
+    depth = min(views, max(1, BLOCK // (heads * height * tokens)))
+    for view in range(0, views, depth):
+        some = slice(view, view + depth)
+        for head in range(0, heads, width):
+            keys = key[some, head : head + width].mT
+            scaled = query[some, head : head + width, first:] * scale
+            for row in range(0, tokens - first, height):
+                span = slice(row, row + height)
+                yield some, span, (scaled[:, :, span] @ keys).softmax(-1, dtype=torch.float32)
 
 
 STATISTICS: dict[str, Callable[[Tensor, Tensor, float, int], Tensor]] = {
@@ -88,3 +110,31 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor, float, int], Tensor]] = {
     "keys": _keys,
 }
 NEEDS_CLS = ("cls", "cls_logits")
+
+
+def read_calls(what: str, calls: Sequence[tuple[Tensor, Tensor, float]], first: int) -> list[Tensor]:
+    """One statistic of many calls of a layer: windows and frames of one size are computed together.
+
+    Parameters
+    ----------
+    what : str
+        A resolved name, a key of `STATISTICS`.
+    calls : sequence of (query, key, scale)
+        (views, heads, patches, d) each.
+    first : int
+        Index of the first patch.
+
+    Returns
+    -------
+    list of Tensor
+        One per call.
+    """
+    found: dict[int, Tensor] = {}
+    alike: dict[tuple, list[int]] = {}
+    for number, (query, _, scale) in enumerate(calls):
+        alike.setdefault((query.shape[1:], scale), []).append(number)
+    for (_, scale), numbers in alike.items():
+        query, key = (torch.cat([calls[n][part] for n in numbers]) for part in (0, 1))
+        parts = STATISTICS[what](query, key, scale, first).split([len(calls[n][0]) for n in numbers])
+        found.update(zip(numbers, parts, strict=True))
+    return [found[number] for number in range(len(calls))]

@@ -7,6 +7,7 @@ the right (left padding). Masks, rotary tables and position ids of a layer are t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,13 @@ def build_mask(adapter: Adapter, layer: int, hidden: Tensor, mask: Tensor | None
     return make_mask(make, adapter.language_model.config, hidden, mask, one_layer(cache, layer))
 
 
+def _rows(tables: Any, index: Tensor) -> Any:
+    """The rows ``index`` (B, n) of rotary tables (..., S, d), of which a layer gets one or several."""
+    if not isinstance(tables, Tensor):
+        return tuple(_rows(table, index) for table in tables)
+    return gather(tables, index, dim=tables.dim() - 2, batch=tables.dim() - 3)
+
+
 class Prefill:
     """The state of one forward pass that brings new visual tokens.
 
@@ -107,6 +115,7 @@ class Prefill:
         self.length = real.shape[1]
         self.moved = False  # the language model got other rows than the caller passed
         self.renumbered = False
+        self.aside = False  # a layer runs on other rows than those of the group at work
         everything = torch.arange(self.length, device=real.device).expand(real.shape)
         self.groups = [Group(0, everything, everything, real)]
 
@@ -231,12 +240,7 @@ class Prefill:
             return kwargs
         group, kwargs, mask = self.groups[-1].to(hidden.device), dict(kwargs), kwargs.get("attention_mask")
         if not self.hide:
-            tables = kwargs["position_embeddings"]
-
-            def rows(table: Tensor) -> Tensor:
-                return gather(table, group.relative, dim=table.dim() - 2, batch=table.dim() - 3)
-
-            kwargs["position_embeddings"] = rows(tables) if isinstance(tables, Tensor) else tuple(map(rows, tables))
+            kwargs["position_embeddings"] = _rows(kwargs["position_embeddings"], group.relative)
             kwargs["position_ids"] = None
         kind = layer_type(self.adapter, layer)
         if kind not in group.masks:
@@ -319,18 +323,25 @@ class Prefill:
         index, valid = compact(wanted)
         return torch.where(valid, index, last), valid
 
+    def stored_columns(self, layer: int, new: int) -> int:
+        """Keys that count in the attention of ``layer``, ``new`` of them its own; static caches hand out more."""
+        if self.cache is None or layer >= len(self.cache.layers):
+            return new
+        return stored_length(self.cache, layer)  # holds the new keys already
+
     def reader(self, layer: int, what: str) -> att.Reader:
         """A tap that records the attention of ``layer`` in the context."""
 
         def read(module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
-            columns = query.shape[2]
-            if self.cache is not None and layer < len(self.cache.layers):
-                columns = stored_length(self.cache, layer)  # holds the new keys already; static caches return more
+            columns = self.stored_columns(layer, query.shape[2])
             if isinstance(mask, Tensor) and mask.dim() == 4:
                 mask = mask[..., :columns]
             rows, valid = self.wanted_rows(what)
             found = att.attention_rows(module, query, key[:, :, :columns], mask, kwargs, rows)
-            self.ctx.attention[layer] = Attention(found[..., columns - query.shape[2] :], valid)
+            new = slice(columns - query.shape[2], columns)
+            values = kwargs.get("value")
+            values = None if values is None else values[:, :, new]
+            self.ctx.attention[layer] = Attention(found[..., new], valid, values)
 
         return read
 
@@ -346,6 +357,24 @@ class Prefill:
         block = self.adapter.attention(module)
         return Attention(att.peek(block, normed, kwargs["position_embeddings"], rows, mask), valid)
 
+    @torch.no_grad()
+    def rerun(self, layer: int, module: nn.Module, kwargs: dict[str, Any], keep: Tensor) -> Tensor:
+        """States (B, S, D) that the coming layer makes of the tokens ``keep`` (B, S) alone, earlier turns left out."""
+        kwargs = dict(self.layer_kwargs(layer, self.ctx.hidden, kwargs))
+        index, valid = compact(keep)
+        hidden = gather(self.ctx.hidden, index)
+        mask = build_mask(self.adapter, layer, hidden, valid, None)
+        kwargs.update(position_embeddings=_rows(kwargs["position_embeddings"], index), position_ids=None)
+        kwargs.update(attention_mask=mask, past_key_values=None)
+        linear = "linear" in layer_type(self.adapter, layer)
+        self.aside = True
+        try:
+            with contextlib.nullcontext() if linear else att.untapped(self.adapter.attention(module)):
+                output = module.forward(hidden, **kwargs)  # not called: hooks and checkpointing belong to the real run
+        finally:
+            self.aside = False
+        return restore(output[0] if isinstance(output, tuple) else output, keep)
+
     def prepare_context(self, layer: int, hidden: Tensor, module: nn.Module, kwargs: dict[str, Any]) -> VisualContext:
         """The context as it stands before decoder layer ``layer``."""
         ctx, device = self.ctx, hidden.device
@@ -354,6 +383,7 @@ class Prefill:
                 setattr(ctx, name, getattr(ctx, name).to(device))
         ctx.hidden, ctx.layer = hidden, layer
         ctx.peek = functools.partial(self.peek, layer, module, kwargs)
+        ctx.rerun = functools.partial(self.rerun, layer, module, kwargs)
         return ctx
 
     # ------------------------------------------------------------------ after the language model

@@ -24,8 +24,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vtoken import attention as att
 from vtoken.adapters.base import MODALITIES, Adapter
 from vtoken.cache import CacheState, is_static, logical_length, state_of
-from vtoken.context import VisualContext
+from vtoken.context import Cut, VisualContext
 from vtoken.encoder import EncoderRead
+from vtoken.light.decoder import LightDecoder
 from vtoken.prefill import Group, Prefill, build_mask, layer_type
 from vtoken.reducers.base import Reducer
 from vtoken.stats import Stats
@@ -78,7 +79,9 @@ class Session:
     def __init__(self, adapter: Adapter, reducer: Reducer, positions: str, backend: str) -> None:
         self.adapter, self.reducer, self.positions, self.backend = adapter, reducer, positions, backend
         depth = len(adapter.layers)
-        if backend == "mask" and any("linear" in layer_type(adapter, layer) for layer in range(depth)):
+        self._kinds = [layer_type(adapter, layer) for layer in range(depth)]
+        self._sliding = "sliding_attention" in self._kinds
+        if backend == "mask" and any("linear" in kind for kind in self._kinds):
             raise NotImplementedError(
                 "backend='mask' is not defined for a decoder with recurrent layers, which see a hidden token all the "
                 "same: use backend='drop'."
@@ -86,12 +89,19 @@ class Session:
         active = not reducer.is_identity
         self.layers = frozenset(reducer.layers(depth)) if active else frozenset()
         self.taps = reducer.taps(depth) if active else {}
-        self.reader = VisionReader(
-            adapter, reducer.encoder_reads() if active else (), active and reducer.needs_projector
-        )
-        for layer in {*self.layers, *self.taps}:
+        reads, projector = (reducer.encoder_reads(), reducer.needs_projector) if active else ((), False)
+        self.reader = VisionReader(adapter, reads, projector, reducer.cutter, reducer.resampler)
+        light = reducer.light_layers(depth) if active else {}
+        for layer in {*self.layers, *self.taps, *light}:
             if not 0 <= layer < depth:
                 raise ValueError(f"Reducer {reducer.name!r} wants layer {layer}, but the decoder has {depth} layers.")
+        for layer in self.taps:
+            if not adapter.has_attention(adapter.layers[layer]):
+                raise NotImplementedError(
+                    f"Reducer {reducer.name!r} reads the attention of decoder layer {layer}, which is recurrent: "
+                    "choose a layer that attends, or a reducer that reads no attention."
+                )
+        self.light = LightDecoder(adapter, light, self.taps)
         self.stats: Stats | None = None
         self._forward: _Forward | None = None
         self._owner: int | None = None  # the thread whose forward pass is under way
@@ -117,6 +127,7 @@ class Session:
             self._handles.append(after)
             for index, layer in enumerate(adapter.layers):
                 self._before(layer, functools.partial(self._layer_pre, index))
+            self._handles += self.light.attach(lambda: None if self._forward is None else self._forward.prefill)
             self.wrap_method(
                 adapter.generator, "create_masks_for_generate", self._static_masks, create_masks_for_generate
             )
@@ -145,9 +156,9 @@ class Session:
 
     @property
     def group(self) -> Group | None:
-        """The sequence that the decoder layers work on at the moment, if a prefill is running."""
+        """The sequence that the decoder layers work on since a cut inside of the decoder, None without one."""
         prefill = None if self._forward is None else self._forward.prefill
-        return None if prefill is None else prefill.groups[-1]
+        return None if prefill is None or len(prefill.groups) == 1 else prefill.groups[-1]
 
     # ------------------------------------------------------------------ vision side
     def _reading(self, modality: str, original: Callable) -> Callable:
@@ -193,8 +204,10 @@ class Session:
     @torch.compiler.disable
     def _open_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._own()
-        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-        call = {**bound, **bound.get("kwargs", {})}
+        call = kwargs
+        if args:  # reading a signature takes as long as a few decoder layers' hooks
+            bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+            call = {**bound, **bound.get("kwargs", {})}
         self._forward = None
         cache: Any = call.get("past_key_values")
         encoded = call.get("mm_encoder_outputs") or {}
@@ -229,10 +242,10 @@ class Session:
     def _own(self) -> None:
         """Claim the session for this thread until the language model has run."""
         with self._claim:
-            running = self._owner in {thread.ident for thread in threading.enumerate()}
-            if running and self._owner != threading.get_ident():
+            me = threading.get_ident()
+            if self._owner not in (None, me) and self._owner in {thread.ident for thread in threading.enumerate()}:
                 raise RuntimeError(TWO_THREADS)
-            self._owner = threading.get_ident()
+            self._owner = me
 
     @staticmethod
     def _check_cache(cache: Any, state: CacheState | None, given: Tensor) -> None:
@@ -250,8 +263,7 @@ class Session:
 
     def _check_window(self, cache: Any, length: int) -> None:
         """Sliding windows are exact in a first prompt and in single steps, which know the original distances."""
-        kinds = {layer_type(self.adapter, layer) for layer in range(len(self.adapter.layers))}
-        if self.reducer.is_identity or "sliding_attention" not in kinds:
+        if self.reducer.is_identity or not self._sliding:
             return
         window = self.adapter.language_model.config.sliding_window
         if is_static(cache):
@@ -322,12 +334,18 @@ class Session:
         hide = self.backend == "mask"
         forward.prefill = prefill = Prefill(self.adapter, ctx, real, cache, forward.state, two, past, hide)
         self.stats = Stats(ctx.tokens, ctx.row, len(self.adapter.layers))
+        if self.reader.cutter is not None:
+            self.stats.from_tower = ctx.valid.sum(1)
         cut = None if self.reducer.is_identity else self.reducer.before_llm(ctx)
+        if cut is None and self.reader.cutter is not None:
+            cut = Cut(ctx.valid)  # without the tokens that the vision tower dropped
         kwargs = prefill.cut_inputs(cut, kwargs, self.positions)
         self.stats.add_group(0, ctx, cut)
         for layer, rows in self.taps.items():
             block = self.adapter.attention(self.adapter.layers[layer])
             forward.taps.enter_context(att.tap(block, prefill.reader(layer, rows)))
+        self.light.open(forward.taps, prefill)
+        self.stats.light = self.light.layers
         self.stats.selection_seconds += time.perf_counter() - started
         return args, kwargs
 
@@ -362,6 +380,7 @@ class Session:
         layouts: list[Any] = []
         maps: dict[EncoderRead, list[Tensor]] = {read: [] for read in self.reader.reads}
         inputs: list[Tensor] = []
+        resampled: list[Tensor] = []
         for modality, code in MODALITIES.items():
             here = kinds == code
             if (record := records.get(modality)) is None or not bool(here.any()):
@@ -374,6 +393,10 @@ class Session:
             numbers = torch.arange(len(order), device=embeds.device) + len(layouts)
             item[here] = numbers.repeat_interleave(torch.tensor(lengths, device=embeds.device))
             slot[here] = torch.cat([torch.arange(n, device=embeds.device) for n in lengths])
+            if record.dropped is not None:
+                parts = record.dropped.split(record.lengths)
+                gone = torch.cat([parts[i].to(embeds.device) for i in order])
+                item[here], slot[here] = (torch.where(gone, -1, x[here]) for x in (item, slot))
             layouts += [record.layouts[i] for i in order]
             for read, values in record.maps.items():
                 parts = values.split(record.lengths)
@@ -381,6 +404,7 @@ class Session:
             if record.projector_input is not None:
                 parts = record.projector_input.split(record.lengths)
                 inputs += [parts[i].to(embeds.device) for i in order]
+            resampled += [record.resampled[i].to(embeds.device) for i in order] if record.resampled else []
         return VisualContext(
             hidden=embeds,
             item=item,
@@ -391,6 +415,7 @@ class Session:
             position_ids=position_ids,
             projector_input=pad_sequence(inputs, True, float("nan")) if inputs else None,
             projector=self.adapter.token_projector if inputs else None,
+            resampled=resampled,
             depth=len(self.adapter.layers),
             newlines=self.reducer.newlines,
         )
@@ -411,30 +436,38 @@ class Session:
     # ------------------------------------------------------------------ decoder layers
     def _layer_pre(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         forward = self._forward
-        if forward is None or forward.prefill is None:
-            return self._decode_layer(index, args, kwargs, forward)
-        return self._prefill_layer(index, module, args, kwargs, forward.prefill)
+        if forward is not None and forward.prefill is not None:
+            return self._prefill_layer(index, module, args, kwargs, forward.prefill)
+        state = state_of(kwargs.get("past_key_values"))
+        if state is None or (state.uniform and not self._sliding):
+            return None  # runs once a layer and decode step
+        return self._decode_layer(index, args, kwargs, forward, state)
 
-    def _decode_layer(self, index: int, args: tuple, kwargs: dict[str, Any], forward: _Forward | None) -> Any:
+    def _decode_layer(
+        self, index: int, args: tuple, kwargs: dict[str, Any], forward: _Forward | None, state: CacheState
+    ) -> Any:
         """A layer that stores other columns than layer 0 needs a mask of its own."""
-        cache: Any = kwargs.get("past_key_values")
-        state = state_of(cache)
-        if state is None or not hasattr(cache.layers[index], "get_seq_length"):
+        cache: Any = kwargs["past_key_values"]
+        if not hasattr(cache.layers[index], "get_seq_length"):
             return None
-        query, kind = args[0].shape[1], layer_type(self.adapter, index)
+        query, kind = args[0].shape[1], self._kinds[index]
         sliding = kind == "sliding_attention" and not state.static_length and query == 1
         if state.same_as_first[index] and not sliding:
             return None
         memo = {} if forward is None else forward.masks
         key = (id(state.stored[index]), kind)
-        if key not in memo:
+        given = kwargs.get("attention_mask")
+        prepared = isinstance(given, Tensor) or (given is None and state.full[index])
+        if key not in memo and query == 1 and kind == "full_attention" and prepared and not state.static_length:
+            memo[key] = None if given is None else state.step_mask(cache, index, given)
+        elif key not in memo:
             window = self.adapter.language_model.config.sliding_window if sliding else None
             mask = state.mask2d(cache, index, query, None if forward is None else forward.mask2d, window)
-            if mask is None and kwargs.get("attention_mask") is None:
+            if mask is None and given is None:
                 memo[key] = None
             else:
                 memo[key] = build_mask(self.adapter, index, args[0], mask, cache)
-        return args, {**kwargs, "attention_mask": memo[key]}
+        return None if memo[key] is given else (args, {**kwargs, "attention_mask": memo[key]})
 
     @torch.compiler.disable
     def _prefill_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict, prefill: Prefill) -> Any:

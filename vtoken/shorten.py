@@ -84,7 +84,7 @@ def _check(model: nn.Module, adapter: Adapter, reducer: Reducer) -> None:
     if session_of(model) is not None:
         raise ValueError("The model is wrapped, its prompts are shortened already: call vtoken.unwrap(model) first.")
     depth = len(adapter.layers)
-    if reducer.layers(depth) or reducer.taps(depth):
+    if reducer.layers(depth) or reducer.taps(depth) or reducer.light_layers(depth):
         raise ValueError(
             f"Reducer {reducer.name!r} acts inside of the language model, which a shorter prompt cannot express: "
             "use vtoken.wrap, or a reducer that acts before the language model."

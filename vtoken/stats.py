@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vtoken.context import Cut, VisualContext
+from vtoken.light import LightLayer
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Stats:
     """Host time spent in the session before the language model and at layers (kernels may still run on a GPU)."""
     sources: list[tuple[int, Tensor]] = field(default_factory=list)
     """(layer, (I, N) long: the slot each token was merged into, -1 for none) for every cut that merged."""
+    light: dict[int, LightLayer] = field(default_factory=dict)
+    """Decoder layers in which visual tokens compute less, and what they still compute there."""
+    from_tower: Tensor | None = None
+    """(I,) long: tokens of each image that the vision tower left; None if nothing was dropped inside of it."""
     _groups: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def add_group(self, layer: int, ctx: VisualContext, cut: Cut | None) -> None:
@@ -83,4 +88,8 @@ class Stats:
 
     def __str__(self) -> str:
         steps = ", ".join(f"layer {layer}: {sum(kept)}" for layer, kept in self.layers)
+        if self.from_tower is not None:
+            steps = f"{int(self.from_tower.sum())} from the tower, {steps}"
+        if self.light:
+            steps += f"; light layers: {', '.join(map(str, sorted(self.light)))}"
         return f"{self.tokens_in} visual tokens -> {steps} ({self.selection_seconds * 1e3:.1f} ms to select)"

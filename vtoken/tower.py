@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.context import ItemLayout
-from vtoken.encoder import STATISTICS, EncoderRead
+from vtoken.encoder import EncoderRead, read_calls
+from vtoken.towercut import TowerCut
 
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
+    from vtoken.reducers.base import Reducer
 
 ITEM = "vtoken"
 """Key of the record inside the output of ``get_image_features``."""
@@ -42,12 +44,71 @@ class VisionRecord:
         Per request a (T,) or (T, C) tensor over the T tokens of all items; NaN where a token has no value.
     projector_input : Tensor or None
         (T, C) rows that the projector was given, NaN for separators.
+    dropped : Tensor or None
+        (T,) bool: tokens whose patches were dropped inside of the tower; None if nothing was.
+    resampled : list of Tensor or None
+        (rows, columns, D) features of each item at another resolution; None if none was asked for.
     """
 
     lengths: list[int]
     layouts: list[ItemLayout]
     maps: dict[EncoderRead, Tensor]
     projector_input: Tensor | None = None
+    dropped: Tensor | None = None
+    resampled: list[Tensor] | None = None
+
+
+@dataclass
+class Observed:
+    """What was seen of the tower during one call of ``get_*_features``, in its own order.
+
+    Parameters
+    ----------
+    output : object
+        What the call returned.
+    maps : dict
+        Per request one (views, patches) or (views, patches, C) tensor for each call of the layer; 0 at patches that
+        were dropped before.
+    partial : set
+        Requests of layers that worked on kept patches only.
+    inputs : list of Tensor
+        What the projector was given, per call.
+    kept : list of Tensor
+        (views, patches) bool, per call of the tower; empty if nothing was dropped inside of it.
+    """
+
+    output: Any
+    maps: dict[EncoderRead, list[Tensor]]
+    partial: set[EncoderRead]
+    inputs: list[Tensor]
+    kept: list[Tensor]
+
+    def packed(self, pack: Callable[[list[Tensor]], Tensor]) -> tuple[dict[EncoderRead, Tensor], Tensor | None]:
+        """The maps in token order, (T,) or (T, C), and which tokens (T,) were dropped inside of the tower.
+
+        A token that is interpolated from several patches stays if most of it comes from kept ones.
+
+        Parameters
+        ----------
+        pack : callable
+            Brings (views, patches, C) maps, one for each call of the tower, to token order (T, C).
+        """
+
+        def packed(parts: list[Tensor]) -> Tensor:
+            scalar = parts[0].dim() == 2
+            out = pack([part[..., None] if scalar else part for part in parts])
+            return out[..., 0] if scalar else out
+
+        maps = {read: packed(parts) for read, parts in self.maps.items()}
+        if not self.kept:
+            return maps, None
+        share = packed([part.float() for part in self.kept])  # of each token that comes from kept patches
+        dropped = share <= 0.5
+        for read, values in maps.items():
+            wide = (...,) + (None,) * (values.dim() - 1)
+            weight = share if read in self.partial else torch.ones_like(share)
+            maps[read] = (values / weight[wide]).masked_fill(dropped[wide], float("nan"))
+        return maps, dropped
 
 
 def feature_list(output: Any) -> list[Tensor]:
@@ -69,52 +130,81 @@ class VisionReader:
         Requested statistics.
     projector : bool
         Whether to record the projector's input.
+    cutter : Reducer or None
+        One that drops patches inside of the tower.
+    resampler : Reducer or None
+        One that wants the pictures encoded at another resolution too.
     """
 
-    def __init__(self, adapter: Adapter, reads: Sequence[EncoderRead], projector: bool) -> None:
-        self.adapter, self.reads, self.projector = adapter, list(reads), projector
+    def __init__(
+        self,
+        adapter: Adapter,
+        reads: Sequence[EncoderRead],
+        projector: bool,
+        cutter: Reducer | None = None,
+        resampler: Reducer | None = None,
+    ) -> None:
+        self.adapter, self.reads, self.projector, self.cutter = adapter, list(reads), projector, cutter
+        self.resampler = resampler
         self.busy, self.thread = False, 0
 
     def __call__(self, original: Callable, modality: str, *args: Any, **kwargs: Any) -> Any:
         if self.busy:  # Qwen3-VL: get_video_features calls get_image_features
             return original(*args, **kwargs)
-        output, seen, inputs = self.observe(lambda: original(*args, **kwargs))
+        seen = self.observe(lambda: original(*args, **kwargs), modality)
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        record = self._record(output, modality, call, seen, inputs)
-        if hasattr(output, "pooler_output"):
-            output[ITEM] = record
-        return output, record
+        record = self._record(seen, modality, call)
+        if self.resampler is not None:
+            record.resampled = self._resample(original, modality, call, record.layouts)
+        if hasattr(seen.output, "pooler_output"):
+            seen.output[ITEM] = record
+        return seen.output, record
 
-    def observe(self, run: Callable) -> tuple[Any, dict[EncoderRead, list[Tensor]], list[Tensor]]:
-        """Call ``run`` with the taps open: its result, the statistics and the projector's inputs, per call of each."""
-        seen: dict[EncoderRead, list[Tensor]] = {read: [] for read in self.reads}
+    def _resample(self, original: Callable, modality: str, call: dict, layouts: list[ItemLayout]) -> list[Tensor]:
+        """Encode the pictures once more: (rows, columns, D) of each item."""
+        assert self.resampler is not None
+        grids = [self.resampler.picture_grid(layout) for layout in layouts]
+        smaller = self.adapter.resampled(modality, call, grids)
+        self.busy = True
+        try:
+            features = torch.cat(feature_list(original(**smaller)))
+        finally:
+            self.busy = False
+        parts = features.split([rows * columns for rows, columns in grids])
+        return [part.unflatten(0, grid) for part, grid in zip(parts, grids, strict=True)]
+
+    def observe(self, run: Callable, modality: str = "image") -> Observed:
+        """Call ``run``, which encodes pictures or clips, with the taps open."""
+        calls: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
         inputs: list[Tensor] = []
         self.busy, self.thread = True, threading.get_ident()
         try:
+            cut = None if self.cutter is None else TowerCut(self.adapter, self.cutter, modality)
             with contextlib.ExitStack() as stack:
-                self._open_taps(stack, seen)
+                if cut is not None:
+                    cut.open(stack)
+                self._open_taps(stack, calls, cut)
                 if self.projector:
                     hook = self.adapter.projector.register_forward_pre_hook(lambda m, a: inputs.append(a[0].detach()))
                     stack.callback(hook.remove)
                 output = run()
         finally:
             self.busy = False
-        if not all(seen.values()):
-            raise ValueError(
-                f"The vision tower of {type(self.adapter.model).__name__} computes its attention with code of its own, "
-                "which cannot be read: use a reducer that needs no encoder attention."
-            )
-        return output, seen, inputs
+        maps, partial = self._maps(calls, cut)
+        return Observed(output, maps, partial, inputs, [] if cut is None else cut.kept)
 
-    def _open_taps(self, stack: contextlib.ExitStack, seen: dict[EncoderRead, list[Tensor]]) -> None:
-        first = self.adapter.leading_tokens
-        block = self.adapter.tower_block
-        for layer in {block(read.layer) for read in self.reads}:
-            reads = [read for read in self.reads if block(read.layer) == layer]
+    def _open_taps(
+        self, stack: contextlib.ExitStack, calls: dict[int, list[tuple[Tensor, Tensor, float]]], cut: TowerCut | None
+    ) -> None:
+        wanted = {self.adapter.tower_block(read.layer) for read in self.reads}
+        for layer in sorted(wanted if cut is None else wanted | {cut.block - 1}):
+            note = cut.note if cut is not None and layer == cut.block - 1 else None
+            keep = calls.setdefault(layer, []) if layer in wanted else None
 
-            def read_all(
-                module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: Any, reads: list[EncoderRead] = reads
+            @torch.no_grad()
+            def read(
+                module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: Any, note: Any = note, keep: Any = keep
             ) -> None:
                 if mask is not None:
                     raise ValueError(
@@ -122,32 +212,47 @@ class VisionReader:
                         "statistics are defined without a mask: use a reducer that needs no encoder attention."
                     )
                 scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
-                for read in reads:
-                    what = read.resolve(first > 0).what
-                    seen[read].append(STATISTICS[what](q, k, scale, first))
+                if note is not None:
+                    note(q, k, scale)
+                if keep is not None:
+                    keep.append((q.detach(), k.detach(), scale))
 
-            stack.enter_context(self.adapter.tap_tower(layer, read_all))
+            stack.enter_context(self.adapter.tap_tower(layer, read))
 
-    def _record(
-        self, output: Any, modality: str, call: dict, seen: dict[EncoderRead, list[Tensor]], inputs: list[Tensor]
-    ) -> VisionRecord:
-        lengths = self.adapter.item_lengths(feature_list(output))
+    @torch.no_grad()
+    def _maps(
+        self, calls: dict[int, list[tuple[Tensor, Tensor, float]]], cut: TowerCut | None
+    ) -> tuple[dict[EncoderRead, list[Tensor]], set[EncoderRead]]:
+        """The statistics, (views, patches, ...) per call of their layer, and which of them know kept patches only."""
+        if not all(calls.values()):
+            raise ValueError(
+                f"The vision tower of {type(self.adapter.model).__name__} computes its attention with code of its own, "
+                "which cannot be read: use a reducer that needs no encoder attention."
+            )
+        maps, partial = {}, set()
+        first = self.adapter.leading_tokens
+        for read in self.reads:
+            layer = self.adapter.tower_block(read.layer)
+            found = read_calls(read.resolve(first > 0).what, calls[layer], first)
+            if cut is not None and layer >= cut.block:
+                found = [cut.widen(values, number) for number, values in enumerate(found)]
+                partial.add(read)
+            maps[read] = found
+        return maps, partial
+
+    def _record(self, seen: Observed, modality: str, call: dict) -> VisionRecord:
+        lengths = self.adapter.item_lengths(feature_list(seen.output))
         layouts = self.adapter.layouts(modality, call, lengths)
         with torch.no_grad():
-            maps = {read: self._pack(found, modality, call) for read, found in seen.items()}
-            before = self.adapter.pack_projector_input(inputs, modality, call) if inputs else None
-        for found in (*maps.values(), *([before] if before is not None else [])):
-            if len(found) != sum(lengths):
+            maps, dropped = seen.packed(lambda parts: self.adapter.pack(parts, modality, call))
+            before = self.adapter.pack_projector_input(seen.inputs, modality, call) if seen.inputs else None
+        for found in (*maps.values(), before, dropped):
+            if found is not None and len(found) != sum(lengths):
                 raise RuntimeError(
                     f"The {type(self.adapter).__name__} adapter mapped the encoder to {len(found)} values "
                     f"for {sum(lengths)} visual tokens: its packing does not fit this model; please report it."
                 )
-        return VisionRecord(lengths, layouts, maps, before)
-
-    def _pack(self, parts: list[Tensor], modality: str, call: dict) -> Tensor:
-        scalar = parts[0].dim() == 2
-        packed = self.adapter.pack([part[..., None] if scalar else part for part in parts], modality, call)
-        return packed[..., 0] if scalar else packed
+        return VisionRecord(lengths, layouts, maps, before, dropped)
 
 
 def expand_items(lengths: list[int], counts: list[int]) -> list[int]:

@@ -89,10 +89,10 @@ def test_a_failing_cell_is_marked_and_fails_the_command(compare, monkeypatch):
 
 
 def test_several_tasks_are_told_apart(compare):
-    done = compare("-r", "random", "-t", "mini_color,mini_digit", "--limit", "4")
+    done = compare("-r", "random", "-t", "mini_attr,mini_count", "--limit", "4")
     assert done.exit_code == 0
-    assert re.search(r"mini_color +random", done.stdout)
-    assert re.search(r"mini_digit +random", done.stdout)
+    assert re.search(r"mini_attr +random", done.stdout)
+    assert re.search(r"mini_count +random", done.stdout)
 
 
 def test_a_preset_file_and_a_token_count(compare, tmp_path):
@@ -117,7 +117,7 @@ def test_defaults_of_the_embedded_model_do_not_apply_to_others(monkeypatch):
     monkeypatch.setattr("vtoken.mini.names", lambda: ["mini-llava"])
     common = {"reducers": ["random"], "keep": [0.5]}
     none = {"limit": None, "batch_size": None}
-    embedded = Sweep(models=["mini-llava"], tasks=["mini", "mini_word"], **common)
+    embedded = Sweep(models=["mini-llava"], tasks=["mini", "mini_read"], **common)
     real = Sweep(models=["llava-hf/llava-1.5-7b-hf"], tasks=["mini", "gqa_lite"], **common)
     assert _defaults(embedded, none) == {}
     assert _defaults(real, none) == {"limit": None, "batch_size": 1}

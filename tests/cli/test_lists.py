@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vtoken
-from vtoken.cli import app, catalogue, tasks
+from vtoken.cli import app, catalogue
 from vtoken.eval.tasks import bundled_tasks
 
 
@@ -31,13 +31,12 @@ def test_every_reducer_describes_itself(name):
 
 
 def test_lists_every_bundled_task():
-    assert set(tasks.NOTES) == set(bundled_tasks())
     done = CliRunner().invoke(app, ["tasks"])
     assert done.exit_code == 0
-    assert all(name in done.stdout for name in tasks.NOTES)
+    assert set(bundled_tasks()) <= set(done.stdout.split())
 
 
 def test_lists_the_tasks_of_lmms_eval():
-    done = CliRunner().invoke(app, ["tasks", "--all"])
+    done = CliRunner().invoke(app, ["tasks", "textvqa*"])
     assert done.exit_code == 0
     assert "textvqa_val_lite" in done.stdout.split()

@@ -70,7 +70,7 @@ def test_writes_all_tables_and_nothing_else(script, project):
     assert text.startswith("# Title\n")
     assert text.endswith("The end.\n")
     assert "old" not in text
-    assert r"| fopru \| row | 0.25 | 80.0 [75.0, 85.0] | -10.0* | <0.001 | 88.9 % | 36.0 (30.0) |" in text
+    assert r"| fopru \| row | 0.25 | 80.0 [75.0, 85.0] | -10.0* | <0.001 | 88.9 % |  | 36.0 (30.0) |" in text
     assert "| unpruned |  | 90 | 80 |" in text
     assert "| blind | **30.0** | 20 | 10 |" in text
     assert "| `llava`, `vipllava` |" in text

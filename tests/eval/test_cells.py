@@ -20,7 +20,7 @@ CHANGES = {
     "limit": {"name": "fopru", "keep": 0.5, "limit": 16},
     "batch size": {"name": "fopru", "keep": 0.5, "batch_size": 8},
     "seed": {"name": "fopru", "keep": 0.5, "seed": 1},
-    "task": {"name": "fopru", "keep": 0.5, "task": "mini_color"},
+    "task": {"name": "fopru", "keep": 0.5, "task": "mini_attr"},
 }
 
 
@@ -94,12 +94,12 @@ def test_budgets_apply_to_reducers_that_have_one():
 
 def test_a_grid_holds_every_combination_once(checkpoint, private_cache):
     reducers = [None, vtoken.get_reducer("random", keep=0.5), vtoken.get_reducer("random", keep=0.5)]
-    cells = grid([ModelSpec(str(checkpoint))], resolve_tasks(["mini_color", "mini_digit"]), reducers, limit=4)
+    cells = grid([ModelSpec(str(checkpoint))], resolve_tasks(["mini_attr", "mini_count"]), reducers, limit=4)
     assert [(c.task.name, c.label) for c in cells] == [
-        ("mini_color", "unpruned"),
-        ("mini_color", "random"),
-        ("mini_digit", "unpruned"),
-        ("mini_digit", "random"),
+        ("mini_attr", "unpruned"),
+        ("mini_attr", "random"),
+        ("mini_count", "unpruned"),
+        ("mini_count", "random"),
     ]
 
 

@@ -60,7 +60,7 @@ def test_a_task_object_serves_many_runs_and_nothing_is_printed(model, private_ca
 
 
 def test_answers_without_their_reasoning_are_scored(model, private_cache, tmp_path, monkeypatch):
-    task = load_task("mini_color")
+    task = load_task("mini_attr")
     answer = task.eval_docs[0]["answer"]
     counts = {"input_tokens": 1, "output_tokens": 1, "visual_tokens": 1, "visual_kept": 1, "visual_per_layer": 1.0}
     thinking = [{"text": f"<think>hm</think> {answer.upper()}", "counts": counts}]
@@ -75,17 +75,19 @@ def test_pictures_are_decoded_once(model, private_cache, tmp_path):
     picture.cache_clear()
     for _ in range(2):
         harness.evaluate(model, load_task("mini"), limit=16, seed=0, output=tmp_path)
-    assert picture.cache_info().misses == len({doc["scene"] for doc in load_task("mini").eval_docs.select(range(16))})
+    assert picture.cache_info().misses == len(
+        {doc["pictures"][0] for doc in load_task("mini").eval_docs.select(range(16))}
+    )
 
 
-def test_tasks_of_one_kind_hold_only_it(private_cache):
-    docs = load_task("mini_digit").eval_docs
-    assert (len(docs), set(docs["kind"])) == (250, {"digit"})
+def test_a_task_asks_its_own_set(private_cache):
+    docs = load_task("mini_count").eval_docs
+    assert (len(docs), set(docs["kind"])) == (500, {"count"})
 
 
 def test_unknown_tasks_are_a_sentence():
-    with pytest.raises(EvalError, match="Unknown task 'mini_colour': did you mean 'mini_color'"):
-        resolve_tasks(["mini_colour"])
+    with pytest.raises(EvalError, match="Unknown task 'mini_atr': did you mean 'mini_attr'"):
+        resolve_tasks(["mini_atr"])
 
 
 def test_lmms_eval_tasks_and_groups_are_resolved(private_cache):

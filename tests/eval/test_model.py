@@ -120,7 +120,7 @@ def test_a_failing_reducer_raises(model, requests_of, monkeypatch):
 def test_logged_answers_are_not_generated_again(model, requests_of, tmp_path, monkeypatch):
     asked = []
     original = model.answer
-    monkeypatch.setattr(model, "answer", lambda talks, kwargs: asked.append(len(talks)) or original(talks, kwargs))
+    monkeypatch.setattr(model, "answer", lambda talks, *rest: asked.append(len(talks)) or original(talks, *rest))
     with SampleLog(tmp_path / "log") as model.log:
         first = model.generate_until(requests_of(8))
     with SampleLog(tmp_path / "log") as model.log:
@@ -137,7 +137,7 @@ def test_a_batch_that_was_torn_is_answered_as_a_whole(model, requests_of, tmp_pa
     (tmp_path / "log").write_bytes(b"".join(lines[:6]) + lines[6][:10])
     asked = []
     original = model.answer
-    monkeypatch.setattr(model, "answer", lambda talks, kwargs: asked.append(len(talks)) or original(talks, kwargs))
+    monkeypatch.setattr(model, "answer", lambda talks, *rest: asked.append(len(talks)) or original(talks, *rest))
     with SampleLog(tmp_path / "log") as model.log:
         assert model.generate_until(requests_of(8)) == first
     assert asked == [4]

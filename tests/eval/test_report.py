@@ -5,34 +5,31 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from finished import KINDS, save_run
 
+from vtoken.eval.export import as_csv
+from vtoken.eval.formats import bytes_text
 from vtoken.eval.plot import pareto_front, pareto_html
-from vtoken.eval.render import COLUMNS, bytes_text, cells_of, failures
+from vtoken.eval.render import COLUMNS, cells_of, failures, notes
 from vtoken.eval.report import render_html, write_reports
-from vtoken.eval.statistics import Estimate
+from vtoken.eval.runs import runs_of
+from vtoken.eval.statistics import Estimate, Paired
 from vtoken.eval.store import Store
-from vtoken.eval.summary import Row, as_csv, row_from, summarize
-
-KINDS = ("color", "digit")
+from vtoken.eval.summary import Row, corrected, row_from, summarize
+from vtoken.eval.tables import WINS, wins_table
 
 
 @pytest.fixture
 def finished(tmp_path, make_cell):
     """Cells with made-up answers: unpruned right on 80 %, the others on less."""
-    store, rng = Store(tmp_path), np.random.default_rng(0)
+    store = Store(tmp_path)
     cells = [make_cell(), make_cell("random", keep=0.25), make_cell("fopru", keep=0.25)]
     for cell, rate in zip(cells, (0.8, 0.4, 0.7), strict=True):
-        tokens = {"visual_tokens": 144, "visual_kept": 144 if cell.reducer is None else 36, "visual_per_layer": 36.0}
-        samples = [
-            {"doc_id": i, "kind": KINDS[i % 2], "cluster": str(i // 4), "answer": "x", "tokens": tokens}
-            | {"score": float(rng.uniform() < rate)}
-            for i in range(200)
-        ]
-        store.save(cell.id, {"id": cell.id}, samples)
-        store.save_profile(cell.id, {"prefill_ms": 12.5, "speedup": 2.0, "kv_bytes": 150_000.0})
+        save_run(store, cell, rate)
     return cells, store
 
 
@@ -53,18 +50,51 @@ def test_cells_without_a_result_have_no_row(finished, make_cell):
     assert len(summarize([*cells, make_cell("uniform", keep=0.5)], store)) == 3
 
 
-def test_runs_on_other_documents_are_not_compared(finished):
+def test_rows_are_compared_with_random_at_the_same_keep(finished, make_cell):
     cells, store = finished
-    store.save(cells[1].id, {}, store.samples(cells[1].id)[:-1])
-    with pytest.raises(ValueError, match="different documents"):
-        summarize(cells, store)
+    other = make_cell("fopru", keep=0.5)
+    save_run(store, other, 0.75)
+    _, random, fopru, without = summarize([*cells, other], store)
+    assert random.versus_random is without.versus_random is None
+    assert fopru.versus_random.difference.value == pytest.approx(fopru.accuracy.value - random.accuracy.value)
+    assert fopru.versus_random.won > 0 == fopru.versus_random.lost
+
+
+def test_answers_that_turned_are_counted(finished):
+    fopru = summarize(*finished)[2].versus_unpruned
+    assert (fopru.documents, fopru.won, fopru.changed) == (200, 0, fopru.lost)
+    assert fopru.retained.low < fopru.retained.value == pytest.approx(1 - fopru.lost / 160, abs=0.02)
+
+
+def test_holm_corrects_over_the_rows_of_a_model_and_task():
+    def row(task, p):
+        return Row("id", "m", task, "x", 0.5, versus_unpruned=Paired(Estimate(-0.1, -0.2, 0), p, 3, 1))
+
+    rows = corrected([row("a", 0.02), row("b", 0.02), row("a", 0.04), Row("id", "m", "a", "y", 0.5)])
+    assert [r.versus_unpruned.adjusted for r in rows[:3]] == pytest.approx([0.04, 0.02, 0.04])
+
+
+def test_runs_on_other_documents_are_compared_on_the_common_ones(finished):
+    cells, store = finished
+    save_run(store, cells[2], 0.7, count=150, first=100)
+    row = summarize(cells, store)[2]
+    assert (row.documents, row.versus_unpruned.documents) == (150, 100)
+    assert "fopru 0.25 on mini is compared on 100 of its 150 questions." in notes([row])
+
+
+def test_questions_with_other_answers_are_other_questions(finished):
+    cells, store = finished
+    changed = [{**sample, "target": "other"} for sample in store.samples(cells[1].id)]
+    store.save(cells[1].id, store.result(cells[1].id), changed)
+    assert summarize(cells, store)[1].versus_unpruned is None
 
 
 def test_columns_read_well(finished):
     text = dict(zip(COLUMNS, cells_of(summarize(*finished)[1]), strict=True))
     assert text["reducer"] == "random"
     assert re.fullmatch(r" ?\d+\.\d \[\d+\.\d, \d+\.\d\]", text["accuracy % [95 % CI]"])
-    assert re.fullmatch(r"[+-]\d+\.\d", text["vs unpruned"])
+    assert re.fullmatch(r"[+-]\d+\.\d\*", text["vs unpruned"])
+    assert re.fullmatch(r"\d+\.\d % \[\d+\.\d, \d+\.\d\]", text["retained"])
     assert (text["p"], text["tokens"], text["speed-up"], text["KV"]) == ("<0.001", "36.0", "2.00x", "146 KiB")
 
 
@@ -91,13 +121,17 @@ def test_files_are_complete(finished):
     assert data["rows"][2]["kinds"].keys() == set(KINDS)
     table = list(csv.DictReader(io.StringIO(files[2].read_text())))
     assert len(table) == 3
-    assert {"accuracy", "accuracy_low", "difference", "p_value", "kind_color", "kv_bytes"} <= set(table[0])
+    assert {"accuracy", "accuracy_low", "unpruned_difference", "random_p_value", "kind_color", "kv_bytes"} <= set(
+        table[0]
+    )
 
 
 def test_the_page_needs_no_network(finished):
-    page = render_html(summarize(*finished), {})
+    page = render_html(summarize(*finished), {}, runs_of(*finished))
     outside = re.sub(r"<script\b.*?</script>", "", page, flags=re.S)
     assert not re.search(r"(src|href)\s*=", outside)
+    assert page.count("plotly.js v") == 1
+    assert "Content-Security-Policy" in page
     assert "Plotly.newPlot" in page
     assert len(page) > 1_000_000  # plotly's script is inside
 
@@ -111,7 +145,7 @@ def test_everything_from_data_is_escaped():
     page = render_html([row, failed], {EVIL: EVIL})
     assert "<img src=x" not in page
     assert "<script>alert(2)" not in page
-    assert "<img" not in pareto_html([row], script=False)
+    assert "<img" not in pareto_html([row])
 
 
 def test_the_front_holds_what_nothing_beats():
@@ -124,7 +158,20 @@ def test_the_front_holds_what_nothing_beats():
 
 
 def test_failed_rows_do_not_break_the_plot():
-    assert "Plotly.newPlot" in pareto_html([Row("id", "m", "t", "x", 0.5, error="boom")], script=False)
+    assert pareto_html([Row("id", "m", "t", "x", 0.5, error="boom")]) == ""
+
+
+def test_the_plot_switches_between_what_was_measured(finished):
+    rows = summarize(*finished)
+    assert [name in pareto_html(rows) for name in ("tokens", "prefill time", "KV memory")] == [True] * 3
+    unmeasured = [replace(row, prefill_ms=None, kv_bytes=None) for row in rows]
+    assert "prefill time" not in pareto_html(unmeasured)
+
+
+def test_wins_against_random(finished):
+    (line,) = wins_table(summarize(*finished))
+    found = dict(zip(WINS, line, strict=True))
+    assert (found["reducer"], found["runs"], found["better"], found["worse"]) == ("fopru", "1", "1", "0")
 
 
 def test_csv_of_failed_rows():

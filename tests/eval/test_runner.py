@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cells are run once, resumed in their middle, and fail without a score."""
 
+import shutil
+
 import pytest
 
 import vtoken
-from vtoken.eval.runner import Listener, Runner
+from vtoken.eval.attempt import Status
+from vtoken.eval.errors import EvalError
+from vtoken.eval.listener import Listener
+from vtoken.eval.lock import CellLock, LockLostError
+from vtoken.eval.runner import Runner
 from vtoken.eval.store import ANSWERS, Store
 from vtoken.eval.summary import summarize
 
@@ -159,3 +165,58 @@ def test_a_task_that_cannot_be_loaded_is_tried_once(runner, store, make_cell, mo
     assert runner.run(cells).failed == cells
     assert len(calls) == 2
     assert {store.failure(cell.id)["error"] for cell in cells} == {"the hub cannot be reached"}
+
+
+@pytest.fixture
+def unloadable(checkpoint, make_cell, tmp_path):
+    """Two cells of a model whose weights are damaged."""
+    copy = shutil.copytree(checkpoint, tmp_path / "damaged")
+    (copy / "model.safetensors").write_bytes(b"garbage" * 1000)
+    return [make_cell(model=copy), make_cell("random", keep=0.5, model=copy)]
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_cells_and_is_tried_once(runner, store, make_cell, unloadable):
+    loads = []
+    runner.listener.loading = loads.append
+    other = make_cell("random", keep=0.25)
+    outcome = runner.run([*unloadable, other])
+    assert (outcome.failed, outcome.finished) == (unloadable, [other])
+    assert loads.count(unloadable[0].model) == 1
+    for cell in unloadable:
+        assert "cannot be loaded" in store.failure(cell.id)["error"]
+        assert "Traceback" in store.failure(cell.id)["traceback"]
+
+
+def test_nothing_can_be_run_if_the_only_model_cannot_be_loaded(store, unloadable):
+    with pytest.raises(EvalError, match="cannot be loaded"):
+        Runner(store).run(unloadable)
+
+
+def test_mostly_empty_answers_are_a_failure_and_not_a_bad_score(runner, store, make_cell, monkeypatch):
+    cell = make_cell("random", keep=0.5)
+    texts = iter(["", " ", "red", "", "\n", "blue", "", "yes"])
+    monkeypatch.setattr("vtoken.eval.model.cut_at", lambda text, until: next(texts))
+    assert runner.run([cell]).failed == [cell]
+    assert "5 of 8 answers are empty, more than empty_limit=0.5 allows" in store.failure(cell.id)["error"]
+    assert store.result(cell.id) is None
+
+    runner.empty_limit = 0.625  # the answers are there already
+    assert runner.run([cell]).finished == [cell]
+    assert store.result(cell.id)["empty_answers"] == 5
+
+
+def test_a_runner_whose_lock_was_taken_leaves_the_cell_to_the_other(runner, store, make_cell, monkeypatch):
+    def taken(lock):
+        raise LockLostError("taken")
+
+    monkeypatch.setattr(CellLock, "check", taken)
+    cell = make_cell("random", keep=0.5)
+    assert runner.attempt(cell).status is Status.BUSY
+    assert (store.result(cell.id), store.failure(cell.id)) == (None, None)
+
+
+def test_ranks_of_a_launcher_are_refused(runner, store, make_cell, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # lmms-eval would give each rank a part of the documents
+    cell = make_cell()
+    runner.run([cell])
+    assert "without torchrun" in store.failure(cell.id)["error"]

@@ -35,3 +35,16 @@ def test_every_prefix_of_the_file_is_a_valid_log(path):
         path.write_bytes(whole[:end])
         with SampleLog(path) as log:
             assert len(log) == whole[:end].count(b"\n")
+
+
+def test_answers_of_other_processes_are_found_but_not_written_again(path):
+    own = path.with_name("answers-1.jsonl")
+    path.write_bytes(path.read_bytes() + b'{"key": "c", "te')  # its owner is writing
+    with SampleLog(own, beside=[path, own]) as log:
+        assert log.get("a") == {"text": "one"}
+        log.add({"d": {"text": "four"}})
+        path.write_bytes(path.read_bytes() + b'xt": "three"}\n')
+        log.read([path])
+        assert log.get("c") == {"text": "three"}
+    assert own.read_bytes().count(b"\n") == 1
+    assert path.read_bytes().count(b"\n") == 3

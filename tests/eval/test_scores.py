@@ -36,16 +36,24 @@ def test_takes_the_first_declared_metric_that_is_there():
 
 
 def test_keeps_what_groups_samples_and_their_tokens():
-    sample = {**SAMPLE, "exact_match": 1.0, "token_counts": [{"visual_kept": 36}]}
+    counts = {"visual_kept": 36, "picture": "ab", "prompt": "cd"}
+    sample = {**SAMPLE, "exact_match": 1.0, "token_counts": [counts]}
     assert flatten(sample, "exact_match") == {
         "doc_id": 3,
         "kind": "color",
         "cluster": "7",
+        "prompt": "cd",
         "score": 1.0,
         "answer": "Red",
         "target": "red",
         "tokens": {"visual_kept": 36},
     }
+
+
+def test_pixels_group_samples_whose_documents_name_no_picture():
+    sample = {**SAMPLE, "doc": {}, "exact_match": 1.0, "token_counts": [{"picture": "ab"}]}
+    assert flatten(sample, "exact_match")["cluster"] == "ab"
+    assert flatten({**sample, "token_counts": [None]}, "exact_match")["cluster"] == ""
 
 
 def test_a_task_without_scores_is_an_error():

@@ -28,6 +28,14 @@ def test_a_finished_cell_has_no_log_and_no_failure_left(store):
     assert not store.path("c1", ANSWERS).exists()
 
 
+def test_a_finished_cell_leaves_no_logs_and_no_half_written_files(store):
+    for name in (ANSWERS, "answers-1.jsonl", ".result.json.x1.part"):
+        write_atomic(store.path("c1", name), "x")
+    assert [path.name for path in store.answers("c1")] == ["answers-1.jsonl", ANSWERS]
+    store.save("c1", {}, [])
+    assert sorted(path.name for path in store.path("c1", "").iterdir()) == [RESULT, SAMPLES]
+
+
 def test_samples_without_a_result_are_not_a_finished_cell(store):
     write_atomic(store.path("c1", SAMPLES), "{}\n")
     assert store.result("c1") is None

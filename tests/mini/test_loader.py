@@ -63,7 +63,7 @@ def test_accuracy_on_held_out_questions():
     sample = list(itertools.islice(data.questions, 160))
     chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q["text"]}]}] for q in sample]
     prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    images = [Image.open(io.BytesIO(data.pictures[q["scene"]])) for q in sample]
+    images = [Image.open(io.BytesIO(data.pictures[q["pictures"][0]])) for q in sample]
     inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

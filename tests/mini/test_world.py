@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from vtoken.mini.questions import KINDS, WORDS, relation
-from vtoken.mini.training.labels import IGNORE, patch_labels
+from vtoken.mini.models import llava
+from vtoken.mini.training.labels import IGNORE, token_labels
 from vtoken.mini.world import (
     COLORS,
     GRID,
@@ -59,7 +60,7 @@ def test_a_shape_has_its_color_where_its_label_says():
     for number in range(40):
         scene, rng = scene_and_rng(number)
         pixels = render(scene, rng).astype(float)
-        labels = patch_labels(scene)
+        labels = token_labels([scene], llava.places(IMAGE, IMAGE))
         for item in scene.of("shape"):
             if item.shape == "ring":  # hollow at its centre
                 continue
@@ -72,7 +73,7 @@ def test_a_shape_has_its_color_where_its_label_says():
 
 
 def test_labels_of_background_are_ignored():
-    labels = patch_labels(scene_and_rng(0)[0])
+    labels = token_labels([scene_and_rng(0)[0]], llava.places(IMAGE, IMAGE))
     background = labels["kind"] == 0
     assert background.any()
     assert (labels["color"][background] == IGNORE).all()

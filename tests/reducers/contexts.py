@@ -167,7 +167,8 @@ def attend(ctx: VisualContext, layer: int, what: str) -> Attention:
         index, valid = question_rows(ctx)
     else:
         index, valid = compact({"text": ctx.text, "all": real}[what])
-    return Attention(gather(probabilities, index, dim=2), valid)
+    values = (ctx.hidden.float() @ random(layer * 2 + 1000, WIDTH, HEADS * 6)).unflatten(2, (HEADS, 6)).transpose(1, 2)
+    return Attention(gather(probabilities, index, dim=2), valid, values)
 
 
 def run(reducer: Reducer, ctx: VisualContext) -> list[VisualContext]:
@@ -183,6 +184,7 @@ def run(reducer: Reducer, ctx: VisualContext) -> list[VisualContext]:
         if layer in layers:
             ctx.layer, now = layer, ctx
             ctx.peek = lambda what, layer=layer, now=now: attend(now, layer, what)
+            ctx.rerun = lambda keep, now=now: now.hidden
             cut = reducer.at_layer(layer, ctx)
             if cut is not None:
                 check_cut(cut, ctx)

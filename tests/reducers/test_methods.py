@@ -11,7 +11,7 @@ import vtoken
 from vtoken.encoder import EncoderRead
 from vtoken.reducers.base import stage_budget
 from vtoken.reducers.checks import layer_at
-from vtoken.reducers.dyvte import load_gate
+from vtoken.reducers.gate import load_gates
 from vtoken.reducers.hiprune import grid_neighbours, raster_neighbours
 from vtoken.reducers.holov import segment_budget
 from vtoken.reducers.rows import text_to_visual
@@ -405,11 +405,14 @@ def test_dyvte_reads_a_gate(tmp_path, suffix):
 
 def test_dyvte_refuses_what_is_no_gate(tmp_path):
     with pytest.raises(ValueError, match="no gate checkpoint"):
-        load_gate(str(tmp_path / "missing.pt"))
+        load_gates(str(tmp_path / "missing.pt"))
     torch.save({"weight": torch.ones(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no gate"):
-        load_gate(str(tmp_path / "other.pt"))
-    tensors = {f"{n}.{part}.weight": torch.ones(2, 5) for n in range(DEPTH) for part in (0, 2)}
+        load_gates(str(tmp_path / "other.pt"))
+    torch.save({"3.0.weight": torch.ones(2, 5), "3.2.weight": torch.ones(2, 7)}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="no gate of layer 3"):
+        load_gates(str(tmp_path / "odd.pt"))
+    tensors = {f"{n}.{part}.weight": torch.ones(2, width) for n in range(DEPTH) for part, width in ((0, 5), (2, 2))}
     torch.save(tensors, tmp_path / "narrow.pt")
     with pytest.raises(ValueError, match="trained for another model"):
         run(vtoken.DyVTE(exit="gate", gate=str(tmp_path / "narrow.pt")), make_context(GRID))

@@ -15,7 +15,7 @@ from vtoken.cli.console import out, sentences
 from vtoken.reducers.base import Reducer
 from vtoken.registry import list_presets, list_reducers, reducer_class
 
-STAGES = {"before_llm": "before LLM", "in_llm": "inside LLM"}
+STAGES = {"in_tower": "inside tower", "before_llm": "before LLM", "in_llm": "inside LLM", "light": "light layers"}
 _DEPTH = 32  # of the decoder that reducers are asked about
 
 
@@ -50,9 +50,12 @@ def describe(cls: type[Reducer]) -> tuple[str, str, str, str, str]:
 
 def needs(reducer: Reducer) -> list[str]:
     """What must be recorded while the model runs."""
-    found = [f"tower attention ({read.what})" for read in reducer.encoder_reads()]
+    reads = (*reducer.tower_reads(), *(read.what for read in reducer.encoder_reads()))
+    found = [f"tower attention ({what})" for what in reads]
     if reducer.needs_projector:
         found.append("projector")
+    if reducer.resampler is not None:
+        found.append("vision tower, twice")
     if taps := reducer.taps(_DEPTH):
         found.append(f"decoder attention ({', '.join(sorted(set(taps.values())))})")
     return list(dict.fromkeys(found))

@@ -16,17 +16,44 @@ from vtoken.cli.console import FAILED, INTERRUPTED, err, out, sentences
 
 if TYPE_CHECKING:
     from vtoken.eval.cells import Cell
+    from vtoken.eval.errors import EvalError
+    from vtoken.eval.executors import Executor
+    from vtoken.eval.loading import ModelSpec
     from vtoken.eval.store import Store
     from vtoken.eval.summary import Row
 
 
-def run_cells(cells: Sequence[Cell], store: Store, *, fresh: bool, show: Callable[[], None]) -> None:
-    """Run and measure what is missing, then ``show()``; ends the program if it was stopped or a cell failed."""
+def run_cells(
+    cells: Sequence[Cell],
+    store: Store,
+    *,
+    fresh: bool,
+    show: Callable[[], None],
+    executor: Executor | None = None,
+    unresolved: Mapping[ModelSpec, EvalError] | None = None,
+) -> None:
+    """Run and measure what is missing, then ``show()``; ends the program if it was stopped or a cell failed.
+
+    Parameters
+    ----------
+    cells, store
+        What to run, and where results are.
+    fresh : bool
+        Forget former results.
+    show : callable
+        Shows all results.
+    executor : Executor, optional
+        What runs; this process by default.
+    unresolved : mapping, optional
+        Models whose cells fail, and why, see `vtoken.eval.plan.Pins`.
+    """
     if fresh:
         for cell in cells:
-            store.discard(cell.id)
+            with store.lock(cell.id).attempt() as held:
+                if held:  # what another runner is at is fresh
+                    store.discard(cell.id)
     try:
-        failed = _run(cells, store)
+        failed = _run(cells, store, executor, unresolved or {})
     except KeyboardInterrupt:
         done = sum(store.result(cell.id) is not None for cell in cells)
         err().print(f"Stopped: {done} of {len(cells)} cells are finished. The same command goes on from here.")
@@ -37,56 +64,84 @@ def run_cells(cells: Sequence[Cell], store: Store, *, fresh: bool, show: Callabl
         raise typer.Exit(FAILED)
 
 
-def _run(cells: Sequence[Cell], store: Store) -> list[Cell]:
+def _run(
+    cells: Sequence[Cell], store: Store, executor: Executor | None, unresolved: Mapping[ModelSpec, EvalError]
+) -> list[Cell]:
     """Run and measure what is missing; returns the cells that failed."""
     from transformers.utils.logging import disable_progress_bar
 
     from vtoken.cli.progress import CellProgress
-    from vtoken.eval.cost import measure_cells
-    from vtoken.eval.runner import Runner
+    from vtoken.eval.errors import EvalError
+    from vtoken.eval.executors import get_executor
+    from vtoken.eval.plan import fail_unresolved
 
+    executor = executor or get_executor("local")
     todo = [cell for cell in cells if store.result(cell.id) is None]
     if len(todo) < len(cells):
         err().print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already; --fresh starts over.")
     disable_progress_bar()  # of transformers: it would tear ours
     with CellProgress(err(), len(todo)) as progress:
-        runner = Runner(store, progress)
-        with sentences():
-            if todo:
-                runner.model(todo[0])  # a model that cannot be loaded is wrong input
-        outcome = runner.run(cells)
-        unmeasured = measure_cells(cells, runner, before=progress.measured)
+        failed = fail_unresolved(cells, unresolved, store, progress)
+        sound = [cell for cell in cells if cell.model not in unresolved]
+        try:
+            failed += executor.run(sound, store, progress).failed
+        except EvalError:  # nothing can be run
+            with sentences():
+                raise
+        unmeasured = executor.measure(sound, store, progress.measured)
+    if not executor.measures and any(store.profile(cell.id) is None for cell in sound):
+        err().print("Costs are not measured by this executor: the same command with --executor local adds them.")
     for cell, why in unmeasured.items():
         err().print(f"The cost of {cell.label} could not be measured: {why}", markup=False, highlight=False)
-    return [*outcome.failed, *unmeasured]
+    return [*failed, *unmeasured]
 
 
 def show_cells(cells: Sequence[Cell], store: Store, sweep: Mapping[str, Any]) -> None:
     """Print the table of finished and failed cells and write the reports beside them."""
     from vtoken.eval.cost import BATCH
+    from vtoken.eval.published import LEGEND as PUBLISHED_LEGEND
+    from vtoken.eval.published import beside_table
     from vtoken.eval.render import LEGEND, failures
     from vtoken.eval.report import CAVEAT, write_reports
-    from vtoken.eval.summary import summarize
+    from vtoken.eval.runs import runs_of
+    from vtoken.eval.summary import rows_of
 
-    rows = summarize(cells, store)
-    files = write_reports(rows, store.root, sweep)
+    runs = runs_of(cells, store)
+    rows = rows_of(runs)
+    files = write_reports(rows, store.root, sweep, runs)
     console = out()
     console.print(build_table(rows, console))
     for line in failures(rows):
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(LEGEND.format(batch=BATCH), style="dim", highlight=False)
+    if lines := beside_table(rows):
+        console.print(_beside(lines))
+        console.print(PUBLISHED_LEGEND, style="dim", highlight=False)
     if any(cell.model.kind == "embedded" for cell in cells):
         console.print(CAVEAT, style="dim", highlight=False)
     console.print("Written: " + ", ".join(map(str, files)), highlight=False, markup=False, soft_wrap=True)
 
 
+def _beside(lines: Sequence[Sequence[str]]) -> Table:
+    """Published numbers beside ours."""
+    from vtoken.eval.published import BESIDE
+
+    table = Table(title="Published numbers beside ours", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    for name in BESIDE:
+        table.add_column(name, justify="right" if name in ("keep", "ours %", "tasks") else "left")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    return table
+
+
 def build_table(rows: Sequence[Row], console: Console) -> Table:
     """The table, in the wide form if that fits."""
-    from vtoken.eval.render import COLUMNS, NARROW
+    from vtoken.eval.render import layouts
 
-    wide = _columns_table(rows, COLUMNS)
+    full, narrow = layouts(rows)
+    wide = _columns_table(rows, full)
     needed = console.measure(wide, options=console.options.update(max_width=1000)).maximum
-    return wide if needed <= console.width else _columns_table(rows, NARROW)
+    return wide if needed <= console.width else _columns_table(rows, narrow)
 
 
 def _columns_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> Table:
@@ -97,7 +152,7 @@ def _columns_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], st
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in (*places, *columns):
         left = name in (*places, "reducer") or name.startswith("accuracy")
-        table.add_column(escape(name), justify="left" if left else "right", no_wrap=name != "reducer")
+        table.add_column(escape(name), justify="left" if left else "right", no_wrap=name not in (*places, "reducer"))
     for before, row in zip((None, *rows), rows, strict=False):
         if before is not None and before.reducer != row.reducer:
             table.add_section()

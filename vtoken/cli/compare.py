@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vtoken compare``: reducers x keep ratios on a model and tasks, one table and a report."""
+"""``vtoken compare``: reducers x keep ratios on a model and tasks, or results that are there already, as one table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ import yaml
 
 from vtoken.cli.cells import run_cells, show_cells
 from vtoken.cli.console import sentences
+from vtoken.cli.finished import Format, compare_finished
 
 if TYPE_CHECKING:
     from vtoken.eval.cells import Cell
     from vtoken.eval.store import Store
     from vtoken.eval.sweep import Sweep
 
+FOLDER = Path("vtoken-results")
+
 
 def compare_command(
+    results: Annotated[
+        list[str] | None, typer.Argument(help="Finished results: folders, or ids of cells; nothing is run.")
+    ] = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="Embedded model, folder or hub id.")] = None,
     tasks: Annotated[str | None, typer.Option("-t", "--tasks", help="Tasks, with commas; see vtoken tasks.")] = None,
     reducers: Annotated[
@@ -32,10 +38,20 @@ def compare_command(
         int | None, typer.Option(help="Prompts per forward pass; 16 for embedded models, 1 for others.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few questions, one keep ratio: seconds.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every reducer at two keep ratios: some ten minutes.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
-    folder: Annotated[Path, typer.Option("--out", help="Results folder.")] = Path("vtoken-results"),
+    target: Annotated[
+        Path | None, typer.Option("--out", help=f"Results folder, {FOLDER}; with RESULTS the file for the table.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="With RESULTS: what all are compared with, the first by default.")
+    ] = None,
+    form: Annotated[Format | None, typer.Option("--format", help="With RESULTS; table by default.")] = None,
 ) -> None:
-    """Compare reducers; without arguments, on the embedded model and its tasks."""
+    """Compare reducers; without arguments, on the embedded model and its tasks.
+
+    With RESULTS, compare what is finished: vtoken compare A B.
+    """
     overrides = {
         "models": _items(model),
         "tasks": _items(tasks),
@@ -45,8 +61,25 @@ def compare_command(
         "batch_size": batch_size,
     }
     with sentences():
-        sweep, cells, store = _prepare(overrides, quick, folder)
+        if results:
+            _nothing_else({**overrides, "quick": quick or None, "all": every or None, "fresh": fresh or None})
+            return compare_finished(results, baseline, form or Format.TABLE, target, FOLDER)
+        if baseline or form:
+            given = "--baseline" if baseline else "--format"
+            raise ValueError(f"{given} is for finished results: name them, as in vtoken compare {FOLDER}.")
+        if quick and every:
+            raise ValueError("--quick and --all are two different sets of reducers: give one of them.")
+        name = "quick" if quick else "all" if every else "compare"
+        sweep, cells, store = _prepare(overrides, name, target or FOLDER)
     run_cells(cells, store, fresh=fresh, show=lambda: show_cells(cells, store, sweep.model_dump(mode="json")))
+
+
+def _nothing_else(options: dict[str, Any]) -> None:
+    """Options that say what to run have no place beside results that are there already."""
+    for name, value in options.items():
+        if value is not None:
+            option = f"--{name}".removesuffix("s" * (name == "models")).replace("_", "-")
+            raise ValueError(f"{option} says what to run, but finished results are given and nothing is run: omit one.")
 
 
 def _items(text: str | None) -> list[Any] | None:
@@ -60,13 +93,13 @@ def _items(text: str | None) -> list[Any] | None:
     return [item for item in found if item is not None]
 
 
-def _prepare(overrides: dict[str, Any], quick: bool, folder: Path) -> tuple[Sweep, list[Cell], Store]:
+def _prepare(overrides: dict[str, Any], name: str, folder: Path) -> tuple[Sweep, list[Cell], Store]:
     from vtoken.eval.harness import require
     from vtoken.eval.store import Store
     from vtoken.eval.sweep import load_sweep, shipped_sweep
 
     require()
-    sweep = load_sweep(shipped_sweep("quick" if quick else "compare"), overrides)
+    sweep = load_sweep(shipped_sweep(name), overrides)
     sweep = sweep.model_copy(update=_defaults(sweep, overrides))
     cells = sweep.cells()
     return sweep, cells, Store(folder)
@@ -78,7 +111,7 @@ def _defaults(sweep: Sweep, overrides: dict[str, Any]) -> dict[str, Any]:
     from vtoken.mini import names
 
     changes: dict[str, Any] = {}
-    if overrides["limit"] is None and not set(sweep.tasks) <= set(bundled_tasks()):
+    if overrides["limit"] is None and not {entry.name for entry in sweep.tasks} <= set(bundled_tasks()):
         changes["limit"] = None
     if overrides["batch_size"] is None and not {entry.pretrained for entry in sweep.models} <= set(names()):
         changes["batch_size"] = 1

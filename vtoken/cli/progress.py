@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Live progress of cells: bars on a terminal, a line per cell elsewhere."""
+"""Live progress of cells, whatever runs them: bars on a terminal, a line per cell elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from vtoken.eval.cells import Cell
+from vtoken.eval.listener import Listener
 from vtoken.eval.loading import ModelSpec
-from vtoken.eval.runner import Listener
 
 
 class CellProgress(Listener):
-    """Draws two bars: cells, and questions of the one at work.
+    """Draws a bar for all cells, one for each cell at work with its questions, and a line of what else goes on.
 
     Parameters
     ----------
@@ -30,7 +31,8 @@ class CellProgress(Listener):
         self.console, self.total, self.count = console, total, 0
         self.bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.cells = self.bars.add_task("cells", total=total)
-        self.questions = self.bars.add_task("", total=None, visible=False)
+        self.aside = self.bars.add_task("", total=None, visible=False)
+        self.questions: dict[str, TaskID] = {}
 
     def __enter__(self) -> CellProgress:
         self.bars.start()
@@ -41,15 +43,17 @@ class CellProgress(Listener):
 
     def loading(self, spec: ModelSpec) -> None:
         """See `Listener`."""
-        self.bars.update(self.questions, description=f"loading {escape(spec.pretrained)}", visible=True)
+        self._aside(f"loading {spec.pretrained}")
 
     def started(self, cell: Cell) -> None:
         """See `Listener`."""
-        self.bars.reset(self.questions, description=escape(_name(cell)), total=cell.limit, visible=True)
+        self._remove(cell)  # what a lost worker had answered is counted anew
+        self.questions[cell.id] = self.bars.add_task(escape(_name(cell)), total=cell.limit)
+        self.bars.update(self.aside, visible=False)
 
     def answered(self, cell: Cell, count: int) -> None:
         """See `Listener`."""
-        self.bars.advance(self.questions, count)
+        self.bars.advance(self.questions[cell.id], count)
 
     def finished(self, cell: Cell, result: dict[str, Any]) -> None:
         """See `Listener`."""
@@ -57,16 +61,36 @@ class CellProgress(Listener):
         shown = "" if score is None else f"{100 * score:.1f} %, "
         self._line(cell, f"{shown}{result['seconds']:.1f} s")
 
+    def skipped(self, cell: Cell) -> None:
+        """See `Listener`."""
+        self._line(cell, "finished by another runner")
+
     def failed(self, cell: Cell, failure: dict[str, Any]) -> None:
         """See `Listener`."""
         self._line(cell, f"FAILED: {(failure['error'].splitlines() or ['unknown error'])[0]}")
 
+    def waiting(self, cells: Sequence[Cell]) -> None:
+        """See `Listener`."""
+        self._aside(f"waiting for {len(cells)} cells of other runners")
+
+    def trouble(self, text: str) -> None:
+        """See `Listener`."""
+        self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def measured(self, cell: Cell) -> None:
         """A cell's cost is measured."""
-        self.bars.update(self.questions, description=f"measuring {escape(_name(cell))}", total=None, visible=True)
+        self._aside(f"measuring {_name(cell)}")
+
+    def _aside(self, text: str) -> None:
+        self.bars.update(self.aside, description=escape(text), visible=True)
+
+    def _remove(self, cell: Cell) -> None:
+        if cell.id in self.questions:
+            self.bars.remove_task(self.questions.pop(cell.id))
 
     def _line(self, cell: Cell, text: str) -> None:
         self.count += 1
+        self._remove(cell)
         self.bars.advance(self.cells)
         if not self.console.is_terminal:
             self.console.print(f"{self.count}/{self.total} {_name(cell)}: {text}", markup=False, highlight=False)

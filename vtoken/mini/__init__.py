@@ -6,6 +6,6 @@ They exist to compare reducers and to test; their numbers do not predict those o
     model, processor = vtoken.mini.load("mini-llava")
 """
 
-from vtoken.mini.loader import folder, load, names
+from vtoken.mini.loader import folder, learned, load, names
 
-__all__ = ["folder", "load", "names"]
+__all__ = ["folder", "learned", "load", "names"]

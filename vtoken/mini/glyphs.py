@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A 5 x 7 bitmap alphabet, drawn here so that rendered words need no font and never change."""
+"""A 5 x 7 bitmap alphabet with numerals, drawn here so that rendered text needs no font and never changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,17 @@ _ROWS = {
     "x": "10001 10001 01010 00100 01010 10001 10001",
     "y": "10001 10001 01010 00100 00100 00100 00100",
     "z": "11111 00001 00010 00100 01000 10000 11111",
+    "0": "01110 10001 10011 10101 11001 10001 01110",
+    "1": "00100 01100 00100 00100 00100 00100 01110",
+    "2": "01110 10001 00001 00110 01000 10000 11111",
+    "3": "11111 00010 00100 00010 00001 10001 01110",
+    "4": "00010 00110 01010 10010 11111 00010 00010",
+    "5": "11111 10000 11110 00001 00001 10001 01110",
+    "6": "00110 01000 10000 11110 10001 10001 01110",
+    "7": "11111 00001 00010 00100 01000 01000 01000",
+    "8": "01110 10001 10001 01110 10001 10001 01110",
+    "9": "01110 10001 10001 01111 00001 00010 01100",
 }
 
 GLYPHS = {letter: np.array([[int(c) for c in row] for row in rows.split()], float) for letter, rows in _ROWS.items()}
-"""Letter -> (7, 5) array of 0 and 1."""
+"""Letter or numeral -> (7, 5) array of 0 and 1."""

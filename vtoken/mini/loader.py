@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 WEIGHTS = Path(__file__).parent / "weights"
+LEARNED = Path(__file__).parent / "learned"
 
 
 def names() -> list[str]:
@@ -33,6 +34,11 @@ def folder(name: str) -> Path:
     path = WEIGHTS / name
     check(path)
     return path
+
+
+def learned(name: str, what: str) -> Path:
+    """Where a small part that was trained on an embedded model (``"gate"``, ``"scorer"``) is, if it is shipped."""
+    return LEARNED / name / f"{what}.safetensors"
 
 
 def check(path: Path) -> None:

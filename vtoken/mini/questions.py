@@ -9,19 +9,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vtoken.mini.world import CELLS, COLORS, LETTERS, SHAPES, Item, Scene
+from vtoken.mini.world import COLORS, LETTERS, SHAPES, Item, Scene
 
 MAX_COUNT = 4
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, and the boxes (x0, y0, x1, y1) of the items that the answer depends on."""
+    """A question, its answer, and the boxes (x0, y0, x1, y1) of the items that the answer depends on.
+
+    ``pictures`` says which picture or frame each box is of (all of the first one if empty), ``named`` which boxes each
+    noun of the question stands for (one each if empty).
+    """
 
     kind: str
     text: str
     answer: str
     evidence: tuple[tuple[float, float, float, float], ...] = ()
+    pictures: tuple[int, ...] = ()
+    named: tuple[tuple[int, ...], ...] = ()
 
 
 def _choose(options: list, rng: np.random.Generator):
@@ -71,8 +77,7 @@ def shape(scene: Scene, rng: np.random.Generator) -> Question | None:
 def position(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Where is the red circle? Answered by the quadrant."""
     item = _choose(scene.of("shape"), rng)
-    column, row = item.cell
-    where = f"{'top' if row < CELLS // 2 else 'bottom'} {'left' if column < CELLS // 2 else 'right'}"
+    where = f"{'top' if item.y < scene.height / 2 else 'bottom'} {'left' if item.x < scene.width / 2 else 'right'}"
     return Question("position", f"where is the {_name(item)} ?", where, (item.box,))
 
 

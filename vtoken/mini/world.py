@@ -35,7 +35,9 @@ COLORS = {
     "cyan": (60, 205, 215),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CHARACTERS = LETTERS + "0123456789"
 MAX_LETTERS = 5
 HELD_OUT_DIGITS = 360  # of scikit-learn's 1797 pictures, the last ones: never used in training
 
@@ -52,16 +54,17 @@ class Split(IntEnum):
 class Item:
     """One thing in a scene; ``x``, ``y`` is its centre and ``width``, ``height`` its size, in pixels."""
 
-    kind: str  # "shape", "digit" or "letter"
+    kind: str  # "shape", "digit", "letter", "figure" (a printed numeral) or "stroke" (unreadable text of a page)
     x: float
     y: float
     width: float
     height: float
     color: str = ""
     shape: str = ""
-    value: int = -1  # the digit, or the letter's place in the alphabet
+    value: int = -1  # the digit, or the place in CHARACTERS
     index: int = -1  # the letter's place in its word
     picture: int = -1  # which handwritten picture shows the digit
+    motion: str = ""  # of the frames of a video: one of MOTIONS
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -84,6 +87,9 @@ class Scene:
     """What a picture shows."""
 
     items: tuple[Item, ...]
+    width: int = IMAGE
+    height: int = IMAGE
+    paper: bool = False  # a light page
 
     def of(self, kind: str) -> list[Item]:
         """The items of one kind, in drawing order."""
@@ -92,7 +98,12 @@ class Scene:
     @property
     def word(self) -> str:
         """The rendered word of the scene, "" if there is none."""
-        return "".join(LETTERS[item.value] for item in self.of("letter"))
+        return "".join(CHARACTERS[item.value] for item in self.of("letter"))
+
+    @property
+    def number(self) -> str:
+        """The printed number of the scene, "" if there is none."""
+        return "".join(CHARACTERS[item.value] for item in self.of("figure"))
 
 
 @functools.cache
@@ -126,12 +137,12 @@ def _digit(cell: tuple[int, int], held_out: bool, rng: np.random.Generator) -> I
     return Item("digit", x, y, size, size, value=value, picture=_pick_picture(value, held_out, rng))
 
 
-def _word(cell: tuple[int, int], text: str, rng: np.random.Generator) -> list[Item]:
+def _word(cell: tuple[int, int], text: str, height: int, rng: np.random.Generator) -> list[Item]:
     """A word over two cells; one letter a patch, with a common offset of up to two pixels."""
     slack = 2 * CELL // PATCH - len(text)
     first = cell[0] * CELL + PATCH * int(rng.integers(slack + 1)) + PATCH // 2 + int(rng.integers(-2, 3))
     y = cell[1] * CELL + PATCH * int(rng.integers(3)) + PATCH // 2 + int(rng.integers(-2, 3))
-    y = min(max(y, 7), IMAGE - 7)
+    y = min(max(y, 7), height - 7)
     return [
         Item("letter", first + PATCH * i, y, 10, 14, value=LETTERS.index(letter), index=i)
         for i, letter in enumerate(text)
@@ -166,28 +177,32 @@ def sample_scene(
     crowded: bool = False,
     most_shapes: int = 6,
     confusable: bool = False,
+    cells: tuple[int, int] = (CELLS, CELLS),
+    word_step: int = 1,
 ) -> Scene:
     """Draw a scene: 2 to ``most_shapes`` shapes, and with probability 0.6 each a digit and a word.
 
     ``crowded`` fills every cell (used to train the vision tower: more labels per picture);
     ``held_out`` takes handwritten digits that no training scene shows; ``most_shapes`` and ``confusable`` (several
-    items share a colour or a shape) are for the curriculum of the training.
+    items share a colour or a shape) are for the curriculum of the training. ``cells`` is the size of the picture,
+    (columns, rows) of CELL pixels; words start at every ``word_step``-th column.
     """
-    free = {(c, r) for c in range(CELLS) for r in range(CELLS)}
+    free = {(c, r) for c in range(cells[0]) for r in range(cells[1])}
     items: list[Item] = []
     for _ in range(2 if crowded else int(rng.random() < 0.6)):
-        starts = [(c, r) for c, r in sorted(free) if (c + 1, r) in free]
+        starts = [(c, r) for c, r in sorted(free) if c % word_step == 0 and (c + 1, r) in free]
         c, r = starts[int(rng.integers(len(starts)))]
         free -= {(c, r), (c + 1, r)}
-        letters = _word((c, r), random_word(rng), rng)
+        letters = _word((c, r), random_word(rng), cells[1] * CELL, rng)
         items += letters
-    cells = sorted(free)
-    rng.shuffle(cells)
-    for _ in range(4 if crowded else int(rng.random() < 0.6)):
-        items.append(_digit(cells.pop(), held_out, rng))
-    for color, shape in _attributes(len(cells) if crowded else int(rng.integers(2, most_shapes + 1)), rng, confusable):
-        items.append(_shape(cells.pop(), color, shape, rng))
-    return Scene(tuple(items))
+    left = sorted(free)
+    rng.shuffle(left)
+    for _ in range(min(4, len(left) // 3) if crowded else int(rng.random() < 0.6)):
+        items.append(_digit(left.pop(), held_out, rng))
+    number = len(left) if crowded else int(rng.integers(2, min(most_shapes, len(left)) + 1))
+    for color, shape in _attributes(number, rng, confusable):
+        items.append(_shape(left.pop(), color, shape, rng))
+    return Scene(tuple(items), cells[0] * CELL, cells[1] * CELL)
 
 
 def _coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
@@ -213,17 +228,24 @@ def _coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.n
 def _blend(canvas: np.ndarray, x0: int, y0: int, alpha: np.ndarray, color: np.ndarray) -> None:
     height, width = alpha.shape
     top, left = max(y0, 0), max(x0, 0)
-    bottom, right = min(y0 + height, IMAGE), min(x0 + width, IMAGE)
+    bottom, right = min(y0 + height, canvas.shape[0]), min(x0 + width, canvas.shape[1])
     a = alpha[top - y0 : bottom - y0, left - x0 : right - x0, None]
     region = canvas[top:bottom, left:right]
     region += a * (color - region)
 
 
+def _background(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    tone, slopes = rng.uniform(95, 160), rng.uniform(-25, 25, 2)
+    if scene.paper:
+        tone, slopes = 150 + tone / 2, slopes / 4
+    ramps = (np.linspace(-1, 1, side, dtype=np.float32) for side in (scene.width, scene.height))
+    across, down = (slope * ramp for slope, ramp in zip(slopes, ramps, strict=True))
+    return np.repeat((tone + across[None] + down[:, None])[..., None], 3, axis=2), tone
+
+
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Paint a scene on a noisy grey gradient; returns uint8 (IMAGE, IMAGE, 3)."""
-    ramp = np.linspace(-1, 1, IMAGE, dtype=np.float32)
-    tone, slope_x, slope_y = rng.uniform(95, 160), *rng.uniform(-25, 25, 2)
-    canvas = np.repeat((tone + slope_x * ramp[None] + slope_y * ramp[:, None])[..., None], 3, axis=2)
+    """Paint a scene on a noisy grey gradient; returns uint8 (height, width, 3)."""
+    canvas, tone = _background(scene, rng)
     ink = np.full(3, 15.0 if tone > 128 else 240.0)  # of digits and words: whatever stands out
     for item in scene.items:
         x0, y0 = int(item.x - item.width / 2) - 2, int(item.y - item.height / 2) - 2
@@ -236,8 +258,53 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
             scale = int(item.width) // 8
             alpha = np.kron(digit_pictures()[0][item.picture], np.ones((scale, scale)))
             _blend(canvas, x0 + 2, y0 + 2, alpha, ink)
+        elif item.kind == "stroke":
+            _blend(canvas, x0 + 2, y0 + 2, 0.5 * rng.random((int(item.height), int(item.width))).round(), ink)
         else:
-            alpha = np.kron(GLYPHS[LETTERS[item.value]], np.ones((2, 2)))
+            alpha = np.kron(GLYPHS[CHARACTERS[item.value]], np.ones((2, 2)))
             _blend(canvas, x0 + 2, y0 + 2, alpha, ink)
     canvas += rng.integers(-9, 10, canvas.shape, dtype=np.int8)
     return np.clip(canvas, 0, 255).astype(np.uint8)
+
+
+LINE = PATCH  # height of a line of text on a page
+BLOCK = 2 * CELL // PATCH  # characters a block of text is wide
+
+
+def _text(text: str, kind: str, block: int, line: int, height: int, rng: np.random.Generator) -> list[Item]:
+    first = PATCH * (block * BLOCK + int(rng.integers(BLOCK - len(text) + 1))) + PATCH // 2 + int(rng.integers(-2, 3))
+    y = min(max(line * LINE + LINE // 2 + int(rng.integers(-2, 3)), 7), height - 7)
+    return [
+        Item(kind, first + PATCH * i, y, 10, 14, value=CHARACTERS.index(character), index=i)
+        for i, character in enumerate(text)
+    ]
+
+
+def _random_text(kind: str, rng: np.random.Generator) -> str:
+    if kind == "letter":
+        return random_word(rng)
+    return "".join(rng.choice(list(CHARACTERS[len(LETTERS) :]), int(rng.integers(3, MAX_LETTERS + 1))))
+
+
+def sample_page(rng: np.random.Generator, cells: tuple[int, int] = (CELLS, CELLS), crowded: bool = False) -> Scene:
+    """Draw a document-like page: lines of unreadable strokes, and somewhere between them one word and one number.
+
+    ``crowded`` makes most strokes words or numbers (used to train the vision tower: more labels per picture).
+    """
+    width, height = (n * CELL for n in cells)
+    places = [(block, line) for block in range(width // (BLOCK * PATCH)) for line in range(height // LINE)]
+    chosen = [places[i] for i in rng.choice(len(places), 2, replace=False)]
+    number = _random_text("figure", rng)
+    items = _text(random_word(rng), "letter", *chosen[0], height, rng)
+    items += _text(number, "figure", *chosen[1], height, rng)
+    for block, line in places:
+        if (block, line) in chosen or rng.random() < 0.35:
+            continue
+        if crowded and rng.random() < 0.8:
+            kind = "letter" if rng.random() < 0.6 else "figure"
+            items += _text(_random_text(kind, rng), kind, block, line, height, rng)
+            continue
+        wide = int(rng.integers(20, BLOCK * PATCH - 6))
+        x = block * BLOCK * PATCH + 3 + wide / 2
+        items.append(Item("stroke", x, line * LINE + LINE / 2, wide, int(rng.integers(4, 9))))
+    return Scene(tuple(items), width, height, paper=True)

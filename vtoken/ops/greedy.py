@@ -1,111 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy selections whose next pick depends on the cosine similarities to the picks so far.
 
-All of them share one loop. What differs is a state (B, N), how a new column of similarities is folded into it, and how
-it ranks the tokens that are left. No N x N matrix is formed: columns are computed for the best candidates of a moment
-in one product, and later picks are served from it while they are among them.
+All but `max_sum` score a token by its largest similarity to a pick, so that scores only fall and `lazy_greedy` applies.
+On a GPU with Triton, the picks of a pool are made by one kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from vtoken.ops.common import counts, finite, first_of, mask_of, unit_vectors
+from vtoken.ops import triton_greedy
+from vtoken.ops.common import counts, finite, first_of, mask_of
+from vtoken.ops.cosines import CachedColumns, Cosines
+from vtoken.ops.lazy import Rival, best_of, lazy_greedy, on_host
 
-BLOCK = 48  # columns a product: 13 to 19 products serve 287 picks of 2880 tokens
 CHUNK = 512  # rows of similarities held at a time
+BLOCK = 32  # columns that are fetched at a time
+ROUNDING = 1e-5  # by which cosines from products of other shapes may differ
 
 
-class Columns:
-    """Cosine similarities of picks to all tokens, computed a block of candidates at a time.
+class _Pool:
+    """Scores ``offset - slope * state`` of tokens with the similarities (B, P, P) among them.
 
-    Parameters
-    ----------
-    unit : Tensor
-        (B, N, D) unit vectors.
+    The state (B, P) is the largest similarity to a pick, or with ``add`` their sum.
     """
 
-    def __init__(self, unit: Tensor) -> None:
-        self.unit = unit
-        size, tokens, _ = unit.shape
-        self.width = min(BLOCK, tokens)
-        self.place = torch.full((size, tokens), -1, dtype=torch.long, device=unit.device)
-        self.table = unit.new_empty(size, 0, tokens)
+    def __init__(self, offset: Tensor, slope: Tensor, state: Tensor, table: Tensor, add: bool) -> None:
+        self.offset, self.slope, self.state, self.table, self.add = offset, slope, state, table, add
 
-    def __call__(self, picks: Tensor, scores: Tensor) -> Tensor:
-        """Similarities (B, P, N) of ``picks`` (B, P), which are the best tokens by ``scores`` (B, N)."""
-        place = self.place.gather(1, picks)
-        if bool((place < 0).any()):
-            self._fill(scores, picks.shape[1])
-            place = self.place.gather(1, picks)
-        return self.table.gather(1, place[..., None].expand(-1, -1, self.table.shape[2]))
+    def scores(self) -> Tensor:
+        return self.offset - self.slope * self.state
 
-    def _fill(self, scores: Tensor, least: int) -> None:
-        best = scores.sort(dim=1, descending=True, stable=True).indices[:, : max(self.width, least)]
-        self.table = self.unit.gather(1, best[..., None].expand(-1, -1, self.unit.shape[2])) @ self.unit.mT
-        self.place.fill_(-1).scatter_(1, best, torch.arange(best.shape[1], device=best.device).expand_as(best))
+    def take(self, at: Tensor) -> None:
+        columns = self.table.gather(1, at[..., None].expand(-1, -1, self.table.shape[2]))
+        self.state = self.state + columns.sum(1) if self.add else torch.maximum(self.state, columns.amax(1))
+
+    def fused(self, index: Tensor, free: Tensor, rival: Rival, left: Tensor, most: int) -> Tensor | None:
+        if not triton_greedy.available(self.table.device):
+            return None
+        scores = self.offset, self.slope, self.state
+        picks, served = triton_greedy.serve(self.table, *scores, free, index, *rival, left, most, self.add)
+        return picks[:, : int(served.min())]  # the one sync of a pool
 
 
-def greedy(
-    unit: Tensor,
+class _Bounds:
+    """The same scores of all tokens."""
+
+    def __init__(self, cosines: Cosines, offset: Tensor, slope: Tensor, picks: Tensor, add: bool = False) -> None:
+        self.cosines, self.offset, self.slope, self.add = cosines, offset, slope, add
+        self.state = self._of(picks)
+
+    def _of(self, picks: Tensor) -> Tensor:
+        columns = self.cosines.columns(picks)
+        return columns.sum(1) if self.add else columns.amax(1)
+
+    def scores(self) -> Tensor:
+        return self.offset - self.slope * self.state
+
+    def pool(self, index: Tensor) -> _Pool:
+        offset, slope, state = (x.gather(1, index) for x in (self.offset, self.slope, self.state))
+        return _Pool(offset, slope, state, self.cosines.among(index), self.add)
+
+    def catch_up(self, picks: Tensor, pool: object) -> None:
+        new = self._of(picks)
+        self.state = self.state + new if self.add else torch.maximum(self.state, new)
+
+
+def _pick(
+    cosines: Cosines,
     k: Tensor,
     valid: Tensor,
     first: Tensor,
-    fold: Callable[[Tensor | None, Tensor], Tensor],
-    rank: Callable[[Tensor], Tensor],
+    offset: Tensor | None = None,
+    slope: Tensor | None = None,
     parallel: int = 1,
+    add: bool = False,
 ) -> Tensor:
-    """Pick the best token, fold its similarities into the state, rank again.
-
-    Parameters
-    ----------
-    unit : Tensor
-        (B, N, D) unit vectors.
-    k : Tensor
-        (B,) long.
-    valid : Tensor
-        (B, N) bool.
-    first : Tensor
-        (B, N): ranks the first pick.
-    fold : callable
-        ``fold(state or None, columns (B, P, N)) -> state``.
-    rank : callable
-        ``rank(state) -> (B, N)``: higher is picked sooner.
-    parallel : int
-        Picks a step; they do not see each other.
-
-    Returns
-    -------
-    Tensor
-        (B, max k) long in pick order, padded with -1.
-    """
-    size, longest = len(k), int(k.max())
-    free, state, scores = valid.clone(), None, first
-    columns, picked = Columns(unit), k.new_full((size, longest), -1)
-    for step in range(0, longest, parallel):
-        scores = scores.masked_fill(~free, float("-inf"))
-        width = min(parallel, longest - step)
-        best = scores.argmax(1, keepdim=True) if width == 1 else _best(scores, width)
-        at = step + torch.arange(width, device=k.device)
-        picked[:, step : step + width] = torch.where(at < k[:, None], best, -1)
-        if step + width < longest:
-            free.scatter_(1, best, False)
-            state = fold(state, columns(best, scores))
-            scores = rank(state)
-    return picked
-
-
-def _best(scores: Tensor, width: int) -> Tensor:
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :width]
-
-
-def _nearest(state: Tensor | None, columns: Tensor) -> Tensor:
-    """Largest similarity to a pick."""
-    best = columns.amax(1)
-    return best if state is None else torch.maximum(state, best)
+    """Picks (B, max k): the best by ``first`` (B, N), then by ``offset - slope * state`` (default: ``-state``)."""
+    picked = k.new_full((len(k), int(k.max())), -1)
+    begin = min(parallel, picked.shape[1])
+    if begin:
+        picks = best_of(first.masked_fill(~valid, float("-inf")), begin)
+        picked[:, :begin] = torch.where(torch.arange(begin, device=k.device) < k[:, None], picks, -1)
+    if begin == picked.shape[1]:
+        return picked
+    offset = torch.zeros_like(first) if offset is None else offset
+    slope = torch.ones_like(first) if slope is None else slope
+    bounds = _Bounds(cosines, offset, slope, picks, add)
+    width = valid.shape[1] if add else 0  # sums do not only grow: nothing outside of a pool would be bounded
+    return lazy_greedy(bounds, k, valid.clone().scatter_(1, picks, False), picked, begin, parallel, width)
 
 
 def _only(start: Tensor, like: Tensor) -> Tensor:
@@ -150,7 +134,7 @@ def k_center(features: Tensor, k: int | Tensor, start: Tensor | None = None, val
     """
     valid = mask_of(features, valid)
     first = _only(_start(start, valid), valid)
-    return greedy(unit_vectors(features, valid), counts(k, valid), valid, first, _nearest, torch.neg)
+    return _pick(Cosines(features, valid), counts(k, valid), valid, first)
 
 
 def max_sum(features: Tensor, k: int | Tensor, start: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
@@ -161,10 +145,21 @@ def max_sum(features: Tensor, k: int | Tensor, start: Tensor | None = None, vali
     valid = mask_of(features, valid)
     first = _only(_start(start, valid), valid)
 
-    def total(state: Tensor | None, columns: Tensor) -> Tensor:
-        return columns.sum(1) if state is None else state + columns.sum(1)
-
-    return greedy(unit_vectors(features, valid), counts(k, valid), valid, first, total, torch.neg)
+    count, cosines = counts(k, valid), Cosines(features, valid)
+    if first.device.type != "cpu":  # columns on demand would mean a host sync per pick: all similarities at once
+        return _pick(cosines, count, valid, first, add=True)
+    picked = count.new_full((len(count), int(count.max())), -1)
+    columns, total = CachedColumns(cosines, picked.shape[1], BLOCK), torch.zeros_like(first)
+    scores, free = first, valid.clone()
+    for step in range(picked.shape[1]):
+        scores = scores.masked_fill(~free, float("-inf"))
+        best = best_of(scores, 1)
+        picked[:, step] = torch.where(step < count, best[:, 0], -1)
+        free.scatter_(1, best, False)
+        if step + 1 < picked.shape[1]:
+            total = total + columns(best, scores)[:, 0]
+            scores = -total
+    return picked
 
 
 def max_min(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
@@ -174,19 +169,47 @@ def max_min(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> T
     `k_center`.
     """
     valid = mask_of(features, valid)
-    unit = unit_vectors(features, valid)
-    return greedy(unit, counts(k, valid), valid, -nearest_similarity(unit, valid), _nearest, torch.neg)
+    cosines = Cosines(features, valid)
+    if on_host(valid.device):
+        first = _only(most_isolated(cosines, valid), valid)
+    else:
+        first = -nearest_similarity(cosines, valid)
+    return _pick(cosines, counts(k, valid), valid, first)
 
 
-def nearest_similarity(unit: Tensor, valid: Tensor) -> Tensor:
+def nearest_similarity(cosines: Cosines, valid: Tensor) -> Tensor:
     """(B, N): cosine of each token and its nearest other valid token; -1 if it is alone."""
-    tokens = torch.arange(unit.shape[1], device=unit.device)
+    tokens = torch.arange(cosines.shape[1], device=valid.device)
     parts = []
     for rows in tokens.split(CHUNK):
-        near = unit[:, rows] @ unit.mT
+        near = cosines.columns(rows.expand(len(valid), -1))
         near.masked_fill_(~valid[:, None, :] | (rows[:, None] == tokens), -1.0)
         parts.append(near.amax(2))
     return torch.cat(parts, 1)
+
+
+def most_isolated(cosines: Cosines, valid: Tensor) -> Tensor:
+    """(B,) long: the token with the smallest `nearest_similarity`, without computing it for all."""
+    return torch.stack([_most_isolated(cosines, row, mask.nonzero()[:, 0]) for row, mask in enumerate(valid)])
+
+
+def _most_isolated(cosines: Cosines, row: int, tokens: Tensor) -> Tensor:
+    """Tokens meet the others part by part and leave the race once they are nearer to one than the best is to any."""
+    if not len(tokens):
+        return tokens.new_zeros(())
+
+    def nearest(some: Tensor, others: Tensor) -> Tensor:
+        return cosines.between(row, some, others).masked_fill_(some[:, None] == others, -1.0).amax(1)
+
+    order = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)]
+    racing, found, limit = tokens, torch.full(tokens.shape, -1.0, device=tokens.device), None
+    for others in order.split(CHUNK // 2):  # in random order: neighbours are alike and would tell little
+        found = torch.maximum(found, nearest(racing, others))
+        if limit is None:
+            few = racing[found.topk(min(BLOCK, len(racing)), largest=False).indices.sort().values]
+            limit = nearest(few, tokens).amin() + ROUNDING
+        racing, found = racing[found <= limit], found[found <= limit]
+    return racing[found.argmin()]
 
 
 def mmr(
@@ -233,11 +256,8 @@ def mmr(
         raise ValueError(f"parallel={parallel} is no number of picks: give at least 1.")
     valid = mask_of(features, valid)
     weight = scaled(finite(importance, valid, "importance scores"), valid, floor=1e-6)
-
-    def rank(nearest: Tensor) -> Tensor:
-        return lam * weight - (1 - lam) * nearest
-
-    return greedy(unit_vectors(features, valid), counts(k, valid), valid, weight, _nearest, rank, parallel)
+    slope = torch.full_like(weight, 1 - lam)
+    return _pick(Cosines(features, valid), counts(k, valid), valid, weight, lam * weight, slope, parallel)
 
 
 def sads(features: Tensor, weights: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
@@ -268,11 +288,7 @@ def sads(features: Tensor, weights: Tensor, k: int | Tensor, valid: Tensor | Non
     """
     valid = mask_of(features, valid)
     weights = finite(weights, valid, "weights")
-
-    def rank(nearest: Tensor) -> Tensor:
-        return weights * (1 - nearest)
-
-    return greedy(unit_vectors(features, valid), counts(k, valid), valid, weights, _nearest, rank)
+    return _pick(Cosines(features, valid), counts(k, valid), valid, weights, weights, weights)
 
 
 def scaled(values: Tensor, valid: Tensor, floor: float) -> Tensor:

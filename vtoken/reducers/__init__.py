@@ -15,13 +15,17 @@ from vtoken.reducers.cdpruner import CDPruner
 from vtoken.reducers.chain import Chain
 from vtoken.reducers.dart import DART
 from vtoken.reducers.divprune import DivPrune
+from vtoken.reducers.downsample import Downsample
 from vtoken.reducers.dyvte import DyVTE
+from vtoken.reducers.encoded import EncoderReducer
+from vtoken.reducers.explain import Explain
 from vtoken.reducers.fastv import FastV
 from vtoken.reducers.fopru import FoPru
 from vtoken.reducers.globalcom2 import GlobalCom2
 from vtoken.reducers.hiprune import HiPrune
 from vtoken.reducers.holov import HoloV
 from vtoken.reducers.idpruner import IDPruner
+from vtoken.reducers.ima import IMA
 from vtoken.reducers.pooled import Pooled
 from vtoken.reducers.prumerge import PruMerge
 from vtoken.reducers.pyramiddrop import PyramidDrop
@@ -31,22 +35,29 @@ from vtoken.reducers.sparsevlm import SparseVLM
 from vtoken.reducers.todre import ToDRE
 from vtoken.reducers.tokencorr import TokenCorr
 from vtoken.reducers.tome import ToMe
+from vtoken.reducers.towerprune import TowerPrune
 from vtoken.reducers.uniform import Uniform
 from vtoken.reducers.visionzip import VisionZip
 from vtoken.reducers.vispruner import VisPruner
 from vtoken.reducers.vtw import VTW
+from vtoken.reducers.yopo import YOPO
 from vtoken.reducers.zooprune import ZOOPrune
 
 __all__ = [
     "AIM",
     "DART",
+    "IMA",
     "SCOPE",
     "VTW",
+    "YOPO",
     "Assignment",
     "CDPruner",
     "Chain",
     "DivPrune",
+    "Downsample",
     "DyVTE",
+    "EncoderReducer",
+    "Explain",
     "FastV",
     "FoPru",
     "GlobalCom2",
@@ -67,6 +78,7 @@ __all__ = [
     "ToDRE",
     "ToMe",
     "TokenCorr",
+    "TowerPrune",
     "Uniform",
     "VisPruner",
     "VisionZip",

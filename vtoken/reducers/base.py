@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bases of the reducers: a new method overrides one function of one of them.
 
-A reducer is a frozen dataclass. Its fields are its hyper-parameters; its class attributes say what it is. It changes
-the sequence before the language model (`Reducer.before_llm`), at decoder layers (`Reducer.at_layer`), or both.
+A reducer is a frozen dataclass. Its fields are its hyper-parameters; its class attributes say what it is. It drops
+patches inside of the vision tower (`Reducer.in_tower`), changes the sequence before the language model
+(`Reducer.before_llm`) or at decoder layers (`Reducer.at_layer`), makes decoder layers compute less for visual tokens
+(`Reducer.light_layers`), or does several of these.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor
 
 from vtoken.budget import Keep, check_keep, is_identity
-from vtoken.context import Cut, VisualContext
+from vtoken.context import Cut, ItemLayout, TowerContext, VisualContext
 from vtoken.encoder import EncoderRead
+from vtoken.light import LightLayer
 from vtoken.ops import merge_rows, row_sizes, top_k
 
 
@@ -40,6 +43,10 @@ class Reducer:
     needs_projector: ClassVar[bool] = False
     """Whether `VisualContext.projector_input` and `VisualContext.projector` are wanted."""
 
+    def in_tower(self, ctx: TowerContext) -> Tensor:
+        """Choose what stays from block `tower_block` of the vision tower on: (V, K) long, groups of each view."""
+        raise NotImplementedError
+
     def before_llm(self, ctx: VisualContext) -> Cut | None:
         """Choose the tokens that enter the language model; None leaves all."""
         return None
@@ -47,6 +54,28 @@ class Reducer:
     def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
         """Choose the tokens that stay from decoder layer ``layer`` on; None leaves all."""
         return None
+
+    def tower_block(self) -> int | float:
+        """The block of the vision tower before which `in_tower` is called, as `vtoken.EncoderRead` names blocks."""
+        raise NotImplementedError
+
+    def tower_reads(self) -> tuple[str, ...]:
+        """Statistics, by the names of `vtoken.EncoderRead`, that `in_tower` wants of the block before."""
+        return ()
+
+    @property
+    def cutter(self) -> Reducer | None:
+        """The reducer whose `in_tower` acts, None if nothing is dropped inside of the vision tower."""
+        return self if "in_tower" in self.stages and not self.is_identity else None
+
+    def picture_grid(self, layout: ItemLayout) -> tuple[int, int]:
+        """Rows and columns of tokens at which a picture is encoded once more, smaller, for ``ctx.resampled``."""
+        raise NotImplementedError
+
+    @property
+    def resampler(self) -> Reducer | None:
+        """The reducer whose `picture_grid` is asked, None if pictures are encoded once."""
+        return self if type(self).picture_grid is not Reducer.picture_grid and not self.is_identity else None
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """Decoder layers, of ``depth``, before which `at_layer` is called."""
@@ -60,6 +89,10 @@ class Reducer:
         """
         return {}
 
+    def light_layers(self, depth: int) -> dict[int, LightLayer]:
+        """Decoder layers, of ``depth``, in which visual rows compute less during prefill."""
+        return {}
+
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         """Statistics of the vision tower that the reducer wants in ``ctx.encoder``."""
         return ()
@@ -71,10 +104,9 @@ class Reducer:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Where it acts: ``"before_llm"``, ``"in_llm"`` or both."""
-        before = type(self).before_llm is not Reducer.before_llm
-        inside = type(self).at_layer is not Reducer.at_layer
-        return tuple(name for name, acts in (("before_llm", before), ("in_llm", inside)) if acts)
+        """Where it acts: any of ``"in_tower"``, ``"before_llm"``, ``"in_llm"`` and ``"light"``."""
+        hooks = {"in_tower": "in_tower", "before_llm": "before_llm", "in_llm": "at_layer", "light": "light_layers"}
+        return tuple(stage for stage, hook in hooks.items() if getattr(type(self), hook) is not getattr(Reducer, hook))
 
     def config(self) -> dict[str, Any]:
         """Name and parameters: the mapping from which `vtoken.get_reducer` builds the same reducer."""

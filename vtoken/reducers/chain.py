@@ -11,6 +11,7 @@ import torch
 
 from vtoken.context import Cut, VisualContext
 from vtoken.encoder import EncoderRead
+from vtoken.light import LightLayer
 from vtoken.reducers.base import KeepReducer, Reducer
 
 
@@ -20,7 +21,8 @@ class Chain(Reducer):
 
     Stages before the language model come first, each works on the tokens and features the former one left. Stages
     inside it act at their layers, in order where they share one. A stage may do both. Every ``keep`` is a share of the
-    *original* tokens of an image, so ``Chain([IDPruner(keep=0.5), FastV(keep=0.25)])`` ends with a quarter of them.
+    *original* tokens of an image, so ``Chain([IDPruner(keep=0.5), FastV(keep=0.25)])`` ends with a quarter of them. A
+    stage inside the vision tower comes first; what it drops is no candidate of later ones.
 
     Parameters
     ----------
@@ -30,11 +32,11 @@ class Chain(Reducer):
     Raises
     ------
     ValueError
-        If a stage is no reducer, a stage before the language model comes after one inside it, a later ``keep`` is no
-        smaller than an earlier one before the language model, or two stages need different attention rows of a layer.
+        If a stage is no reducer, a stage inside the vision tower is not the first, a stage before the language model
+        comes after one inside it, a later ``keep`` is no smaller than an earlier one before the language model, or two
+        stages need different attention rows of a layer.
     """
 
-    name = "chain"
     name = "chain"
     summary = "Several reducers, one after the other."
 
@@ -62,9 +64,19 @@ class Chain(Reducer):
 
     def _check_order(self) -> None:
         inside, last = None, None
-        for stage in self.reducers:
-            if "before_llm" not in stage.stages:
-                inside = inside or stage
+        for number, stage in enumerate(self.reducers):
+            if "in_tower" in stage.stages and number:
+                raise ValueError(
+                    f"Chain: {stage.name!r} acts inside the vision tower, which only the first stage of a chain can: "
+                    f"put it first, and no other such stage."
+                )
+            if stage.resampler is not None and number:
+                raise ValueError(
+                    f"Chain: {stage.name!r} encodes the picture anew, which no stage can have shortened before: put it "
+                    "first."
+                )
+            if not {"in_tower", "before_llm"} & {*stage.stages}:
+                inside = inside or (stage if "in_llm" in stage.stages else None)
                 continue
             if inside is not None:
                 raise ValueError(
@@ -72,17 +84,23 @@ class Chain(Reducer):
                     f"acts inside it: put {stage.name!r} first."
                 )
             if isinstance(stage, KeepReducer):
-                if last is not None and type(stage.keep) is type(last.keep) and stage.keep >= last.keep:
+                alike = last is not None and type(stage.keep) is type(last.keep)
+                if alike and stage.keep >= last.keep and not self._counts_patches(last):
                     raise ValueError(
                         f"Chain: {stage.name!r} with keep={stage.keep} does nothing after {last.name!r} with "
                         f"keep={last.keep}: keep counts an image's original tokens, so give a smaller one."
                     )
                 last = stage
 
+    @staticmethod
+    def _counts_patches(stage: KeepReducer) -> bool:
+        """Whether ``keep`` is a number that says nothing about the tokens of an image."""
+        return isinstance(stage.keep, int) and "in_tower" in stage.stages
+
     @property
     def stages(self) -> tuple[str, ...]:
         found = {name for stage in self.reducers for name in stage.stages}
-        return tuple(name for name in ("before_llm", "in_llm") if name in found)
+        return tuple(name for name in ("in_tower", "before_llm", "in_llm", "light") if name in found)
 
     @property
     def is_identity(self) -> bool:
@@ -91,6 +109,14 @@ class Chain(Reducer):
     @property
     def _active(self) -> tuple[Reducer, ...]:
         return tuple(stage for stage in self.reducers if not stage.is_identity)
+
+    @property
+    def cutter(self) -> Reducer | None:
+        return next((stage.cutter for stage in self._active if stage.cutter is not None), None)
+
+    @property
+    def resampler(self) -> Reducer | None:
+        return next((stage.resampler for stage in self._active if stage.resampler is not None), None)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return tuple(dict.fromkeys(read for stage in self._active for read in stage.encoder_reads()))
@@ -110,6 +136,14 @@ class Chain(Reducer):
                     )
                 owner.setdefault(layer, stage.name)
         return rows
+
+    def light_layers(self, depth: int) -> dict[int, LightLayer]:
+        """In a layer that several stages make light, visual rows skip what any of them skips."""
+        light: dict[int, LightLayer] = {}
+        for stage in self._active:
+            for layer, found in stage.light_layers(depth).items():
+                light[layer] = light[layer] & found if layer in light else found
+        return light
 
     def before_llm(self, ctx: VisualContext) -> Cut | None:
         """One cut with the effect of all stages before the language model."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vtoken.context import VisualContext
-from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
-from vtoken.reducers.base import SelectReducer, check_scores
-from vtoken.reducers.checks import check_block, check_choice
+from vtoken.reducers.base import SelectReducer
+from vtoken.reducers.checks import check_choice
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.reducers.views import Views, grid
 from vtoken.registry import register
 
@@ -21,7 +21,7 @@ STRATEGIES = ("rank", "row")
 
 @register("fopru")
 @dataclass(frozen=True)
-class FoPru(SelectReducer):
+class FoPru(EncoderReducer, SelectReducer):
     """FoPru (arXiv 2411.14164): keep what the penultimate layer of the vision tower attends to.
 
     Significance is the attention a patch receives (mean over queries) or gives (mean over keys), whichever varies more
@@ -46,22 +46,18 @@ class FoPru(SelectReducer):
     paper = "2411.14164"
     newlines = "keep"
     positions = "compact"
+    reads = ("received", "given")
 
     strategy: str = "rank"
-    layer: int | float = -2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("strategy", self.strategy, STRATEGIES)
-        check_block("layer", self.layer)
-
-    def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return EncoderRead("received", self.layer), EncoderRead("given", self.layer)
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K) of the most significant tokens or rows of each view."""
         views = Views.of(ctx)
-        received, given = (views.take(check_scores(ctx.encoder[read], ctx, self.name)) for read in self.encoder_reads())
+        received, given = (views.take(self.read_scores(ctx, what)) for what in self.reads)
         scores = significance(received, given, views.valid)
         if self.strategy == "row":
             scores = by_row(scores, views.take(grid(ctx)[0]), views.valid)

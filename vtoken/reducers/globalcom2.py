@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from vtoken.context import ItemLayout, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.reducers.base import SelectReducer, check_scores
-from vtoken.reducers.checks import check_block, check_choice, check_number
+from vtoken.reducers.checks import check_choice, check_number
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.reducers.views import Views
 from vtoken.registry import register
 
@@ -23,7 +24,7 @@ SCORES = ("cls", "features")
 
 @register("globalcom2")
 @dataclass(frozen=True)
-class GlobalCom2(SelectReducer):
+class GlobalCom2(EncoderReducer, SelectReducer):
     """GlobalCom² (arXiv 2501.05179): global-guided compression of high-resolution crops.
 
     Crops that cover what [CLS] attends to in the thumbnail keep more. Inside a crop a token is scored by its own
@@ -50,23 +51,23 @@ class GlobalCom2(SelectReducer):
     paper = "2501.05179"
     newlines = "keep"
     positions = "compact"
+    reads = ("cls_logits",)
 
     scores: str = "cls"
     temperature: float = 10.0
-    layer: int | float = -1
+    layer: int | float = field(default=-1, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("scores", self.scores, SCORES)
         check_number("temperature", self.temperature, 0, above=True)
-        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return (EncoderRead("cls_logits", self.layer),) if self.scores == "cls" else ()
+        return super().encoder_reads() if self.scores == "cls" else ()
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K) of thumbnail and crops."""
-        scores = ctx.encoder[self.encoder_reads()[0]] if self.scores == "cls" else unlike_mean(ctx)
+        scores = self.read(ctx, "cls_logits") if self.scores == "cls" else unlike_mean(ctx)
         scores = check_scores(scores, ctx, self.name)
         quota, guided = [], []
         views = int(ctx.view.max()) + 1

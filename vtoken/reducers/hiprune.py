@@ -11,15 +11,16 @@ from torch import Tensor
 from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
-from vtoken.reducers.base import SelectReducer, check_scores
+from vtoken.reducers.base import SelectReducer
 from vtoken.reducers.checks import check_block, check_flag, check_number
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.reducers.views import Views, grid
 from vtoken.registry import register
 
 
 @register("hiprune")
 @dataclass(frozen=True)
-class HiPrune(SelectReducer):
+class HiPrune(EncoderReducer, SelectReducer):
     """HiPrune (arXiv 2508.00553): hierarchical attention of the vision tower.
 
     Anchors are the tokens that receive most attention in a middle layer, which looks at objects; they stay together
@@ -47,26 +48,26 @@ class HiPrune(SelectReducer):
     summary = "Anchors of a middle tower layer with their neighbours, then a deep layer."
     paper = "2508.00553"
     positions = "compact"
+    reads = ("received",)
 
     alpha: float = 0.1
     object_layer: int | float = 0.34
-    layer: int | float = -2
     compat: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("alpha", self.alpha, 0, 1)
         check_block("object_layer", self.object_layer)
-        check_block("layer", self.layer)
         check_flag("compat", self.compat)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return EncoderRead("received", self.object_layer), EncoderRead("received", self.layer)
+        return EncoderRead("received", self.object_layer), *super().encoder_reads()
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K): anchors, neighbours, then deep tokens of each view."""
         views = Views.of(ctx)
-        shallow, deep = (views.take(check_scores(ctx.encoder[read], ctx, self.name)) for read in self.encoder_reads())
+        layers = (self.object_layer, self.layer)
+        shallow, deep = (views.take(self.read_scores(ctx, "received", layer)) for layer in layers)
         quota = views.share(budget, equal=True)
         places = [views.take(x) for x in grid(ctx)]
         anchors = self._anchors(shallow, quota, places, views.valid)

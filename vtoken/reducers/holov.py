@@ -10,17 +10,17 @@ from torch import Tensor
 
 from vtoken.budget import share_out
 from vtoken.context import VisualContext
-from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
-from vtoken.reducers.base import SelectReducer, check_scores
-from vtoken.reducers.checks import check_block, check_count
+from vtoken.reducers.base import SelectReducer
+from vtoken.reducers.checks import check_count
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.reducers.views import Views
 from vtoken.registry import register
 
 
 @register("holov")
 @dataclass(frozen=True)
-class HoloV(SelectReducer):
+class HoloV(EncoderReducer, SelectReducer):
     """HoloV (arXiv 2510.02912): split the tokens into contiguous segments and give each a share of the budget.
 
     A segment's share follows its mean attention, and inside it the most attended tokens stay. The authors add a
@@ -46,19 +46,14 @@ class HoloV(SelectReducer):
     positions = "compact"
 
     segments: int = 16
-    layer: int | float = -2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("segments", self.segments)
-        check_block("layer", self.layer)
-
-    def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return (EncoderRead("best", self.layer),)
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K), segment by segment."""
-        scores = check_scores(ctx.encoder[self.encoder_reads()[0]], ctx, self.name)
+        scores = self.read_scores(ctx)
         parts = Views.by(segment_of(ctx.candidates, self.segments), ctx.candidates)
         values = parts.take(scores).view(parts.slots.shape)
         counts = parts.counts

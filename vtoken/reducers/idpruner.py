@@ -12,13 +12,14 @@ from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import mmr
 from vtoken.reducers.base import SelectReducer, check_scores
-from vtoken.reducers.checks import check_block, check_count, check_number
+from vtoken.reducers.checks import check_count, check_number
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.registry import register
 
 
 @register("idpruner")
 @dataclass(frozen=True)
-class IDPruner(SelectReducer):
+class IDPruner(EncoderReducer, SelectReducer):
     """IDPruner (arXiv 2602.13315): trade importance against similarity to the tokens kept so far.
 
     The published importance comes from a trained scorer. Here it is the attention inside the vision tower, of [CLS]
@@ -47,20 +48,17 @@ class IDPruner(SelectReducer):
 
     lam: float = 0.5
     parallel: int = 1
-    layer: int | float = -2
     scorer: Callable[[VisualContext], Tensor] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("lam", self.lam, 0, 1)
         check_count("parallel", self.parallel)
-        check_block("layer", self.layer)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return () if self.scorer else (EncoderRead("best", self.layer),)
+        return () if self.scorer else super().encoder_reads()
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K) in pick order."""
-        scores = self.scorer(ctx) if self.scorer else ctx.encoder[self.encoder_reads()[0]]
-        scores = check_scores(scores, ctx, self.name)
+        scores = check_scores(self.scorer(ctx), ctx, self.name) if self.scorer else self.read_scores(ctx)
         return mmr(ctx.features, scores, budget, self.lam, self.parallel, ctx.candidates)

@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from vtoken.context import Cut, VisualContext
-from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.ops.common import index_mask
-from vtoken.reducers.base import KeepReducer, check_features, check_scores, with_newlines
-from vtoken.reducers.checks import check_block, check_count, check_flag
+from vtoken.reducers.base import check_features, with_newlines
+from vtoken.reducers.checks import check_count, check_flag
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.registry import register
 
 
 @register("prumerge")
 @dataclass(frozen=True)
-class PruMerge(KeepReducer):
+class PruMerge(EncoderReducer):
     """LLaVA-PruMerge and PruMerge+ (arXiv 2403.15388).
 
     Each kept token adds its most key-similar tokens, kept or not, weighted by the attention [CLS] pays them; one more
@@ -49,27 +49,23 @@ class PruMerge(KeepReducer):
     summary = "Attention outliers that gather their most similar neighbours."
     paper = "2403.15388"
     positions = "compact"
+    reads = ("best", "keys")
 
     keep: float | int = 0.125
     plus: bool = False
     adaptive: bool = False
     neighbours: int = 32
-    layer: int | float = -1
+    layer: int | float = field(default=-1, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag("plus", self.plus)
         check_flag("adaptive", self.adaptive)
         check_count("neighbours", self.neighbours, least=0)
-        check_block("layer", self.layer)
-
-    def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return EncoderRead("best", self.layer), EncoderRead("keys", self.layer)
 
     def before_llm(self, ctx: VisualContext) -> Cut | None:
         wanted = ctx.budget(self.keep)
-        best, keys = (ctx.encoder[read] for read in self.encoder_reads())
-        weight, valid = check_scores(best, ctx, self.name), ctx.candidates
+        weight, keys, valid = self.read_scores(ctx), self.read(ctx, "keys"), ctx.candidates
         budget = torch.minimum(wanted, valid.sum(1))
         extra = (budget > 1) & (budget < valid.sum(1))
         room = budget - extra.long()

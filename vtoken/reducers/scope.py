@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vtoken.context import VisualContext
-from vtoken.encoder import EncoderRead
 from vtoken.ops import coverage
-from vtoken.reducers.base import SelectReducer, check_scores
-from vtoken.reducers.checks import check_block, check_choice, check_number
+from vtoken.reducers.base import SelectReducer
+from vtoken.reducers.checks import check_choice, check_number
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.reducers.views import Views
 from vtoken.registry import register
 
@@ -20,7 +20,7 @@ COMBINE = ("multiply", "add")
 
 @register("scope")
 @dataclass(frozen=True)
-class SCOPE(SelectReducer):
+class SCOPE(EncoderReducer, SelectReducer):
     """SCOPE (arXiv 2510.24214): greedy coverage of all tokens, weighted by [CLS] attention.
 
     Each view gets the same budget. Coverage is measured on the projected features (the authors take them before the
@@ -47,21 +47,16 @@ class SCOPE(SelectReducer):
 
     alpha: float = 1.0
     combine: str = "multiply"
-    layer: int | float = -2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("alpha", self.alpha, 0)
         check_choice("combine", self.combine, COMBINE)
-        check_block("layer", self.layer)
-
-    def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return (EncoderRead("best", self.layer),)
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K) in pick order, view by view."""
         views = Views.of(ctx)
-        scores = views.take(check_scores(ctx.encoder[self.encoder_reads()[0]], ctx, self.name))
+        scores = views.take(self.read_scores(ctx))
         quota = views.share(budget, equal=True)
         picks = coverage(views.take(ctx.features), scores, quota, self.alpha, views.valid, self.combine)
         return views.pick(picks)

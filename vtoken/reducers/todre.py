@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from vtoken.context import Cut, VisualContext
-from vtoken.encoder import EncoderRead
 from vtoken.ops import k_center, max_sum
-from vtoken.reducers.base import SelectReducer, check_scores
-from vtoken.reducers.checks import check_block, check_choice, check_number
+from vtoken.reducers.base import SelectReducer
+from vtoken.reducers.checks import check_choice, check_number
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.reducers.rows import leave, rows_at, text_to_visual
 from vtoken.reducers.views import thumbnail
 from vtoken.registry import register
@@ -21,7 +21,7 @@ VARIANTS = {"max_sum": max_sum, "k_center": k_center}
 
 @register("todre")
 @dataclass(frozen=True)
-class ToDRE(SelectReducer):
+class ToDRE(EncoderReducer, SelectReducer):
     """ToDRE (arXiv 2505.18757): diversity before the language model, task relevance inside it.
 
     Stage 1 starts at the token that [CLS] attends to most, inside the thumbnail if there is one (Eq. 3), and adds
@@ -51,21 +51,17 @@ class ToDRE(SelectReducer):
 
     variant: str = "max_sum"
     tau: float | None = 0.10
-    layer: int | float = -1
+    layer: int | float = field(default=-1, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("variant", self.variant, VARIANTS)
         if self.tau is not None:
             check_number("tau", self.tau, 0, 1)
-        check_block("layer", self.layer)
-
-    def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return (EncoderRead("best", self.layer),)
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K), the pivot first."""
-        scores = check_scores(ctx.encoder[self.encoder_reads()[0]], ctx, self.name)
+        scores = self.read_scores(ctx)
         pivot = scores.masked_fill(~thumbnail(ctx), float("-inf")).argmax(1)
         return VARIANTS[self.variant](ctx.features, budget, start=pivot, valid=ctx.candidates)
 

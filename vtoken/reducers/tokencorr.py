@@ -14,8 +14,9 @@ from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.ops.common import index_mask, unit_vectors
 from vtoken.ops.greedy import CHUNK
-from vtoken.reducers.base import Assignment, MergeReducer, check_scores
+from vtoken.reducers.base import Assignment, MergeReducer
 from vtoken.reducers.checks import check_block, check_count, check_number
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.reducers.prumerge import outliers
 from vtoken.reducers.views import Views
 from vtoken.reducers.visionzip import join
@@ -24,7 +25,7 @@ from vtoken.registry import register
 
 @register("tokencorr")
 @dataclass(frozen=True)
-class TokenCorr(MergeReducer):
+class TokenCorr(EncoderReducer, MergeReducer):
     """Token-level correlation-guided compression (arXiv 2407.14439), as far as it is published.
 
     The budget goes to the views by their information density, the share of patches that are not redundant: a patch
@@ -54,11 +55,11 @@ class TokenCorr(MergeReducer):
 
     summary = "Outliers and samples of attention, more of them where patches differ."
     paper = "2407.14439"
+    reads = ("best", "keys")
 
     similarity: float = 0.8
     limit: float = 0.05
     shallow: int | float = 0.34
-    layer: int | float = -2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,21 +67,16 @@ class TokenCorr(MergeReducer):
         check_number("similarity", self.similarity, -1, 1)
         check_number("limit", self.limit, 0, 1)
         check_block("shallow", self.shallow)
-        check_block("layer", self.layer)
         check_count("seed", self.seed, least=0)
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return tuple(
-            EncoderRead(what, layer)
-            for what, layer in (("best", self.layer), ("best", self.shallow), ("keys", self.layer))
-        )
+        return *super().encoder_reads(), EncoderRead("best", self.shallow)
 
     def assign(self, ctx: VisualContext, budget: Tensor) -> Assignment:
         """Keep outliers and samples, send the others to the kept token with the most similar key."""
-        reads = [ctx.encoder[read] for read in self.encoder_reads()]
         views = Views.of(ctx)
-        deep, shallow = (views.take(check_scores(found, ctx, self.name)) for found in reads[:2])
-        keys, counts = views.take(reads[2]), views.counts
+        deep, shallow = (views.take(self.read_scores(ctx, "best", layer)) for layer in (self.layer, self.shallow))
+        keys, counts = views.take(self.read(ctx, "keys")), views.counts
         dense = density(keys, views.valid, self.similarity, self.limit).view(counts.shape)
         quota = share_out(torch.minimum(budget, counts.sum(1)), dense * counts, counts).flatten()
         kept = self._choose(deep, shallow, quota, views.valid)

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vtoken.context import VisualContext
-from vtoken.encoder import EncoderRead
 from vtoken.reducers.base import Assignment, MergeReducer
-from vtoken.reducers.checks import check_block, check_count
+from vtoken.reducers.checks import check_count
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.reducers.rounds import merge_views
 from vtoken.registry import register
 
 
 @register("tome")
 @dataclass(frozen=True)
-class ToMe(MergeReducer):
+class ToMe(EncoderReducer, MergeReducer):
     """Token merging (arXiv 2210.09461), before the language model.
 
     The original merges inside the vision tower, at every block, which breaks the grid that a language model's
@@ -39,18 +39,14 @@ class ToMe(MergeReducer):
 
     summary = "Bipartite merging by key similarity, weighted by size."
     paper = "2210.09461"
+    reads = ("keys",)
 
     rounds: int = 8
-    layer: int | float = -2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("rounds", self.rounds)
-        check_block("layer", self.layer)
-
-    def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return (EncoderRead("keys", self.layer),)
 
     def assign(self, ctx: VisualContext, budget: Tensor) -> Assignment:
         """Merge by the similarity of the keys."""
-        return merge_views(ctx, ctx.encoder[self.encoder_reads()[0]], budget, self.rounds, weighted=True)
+        return merge_views(ctx, self.read(ctx, "keys"), budget, self.rounds, weighted=True)

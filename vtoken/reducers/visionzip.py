@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from vtoken.context import VisualContext
-from vtoken.encoder import EncoderRead
 from vtoken.ops import merge_rows, top_k
-from vtoken.reducers.base import Assignment, MergeReducer, check_scores
-from vtoken.reducers.checks import check_block, check_flag, check_number
+from vtoken.reducers.base import Assignment, MergeReducer
+from vtoken.reducers.checks import check_flag, check_number
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.registry import register
 
 
 @register("visionzip")
 @dataclass(frozen=True)
-class VisionZip(MergeReducer):
+class VisionZip(EncoderReducer, MergeReducer):
     """VisionZip (arXiv 2412.04467): keep what [CLS] attends to and merge the others into evenly spaced targets.
 
     Others join the target whose key is most similar. The authors count [CLS] itself among the dominant tokens and pass
@@ -44,24 +44,19 @@ class VisionZip(MergeReducer):
     summary = "Tokens that [CLS] attends to, the rest merged into a few."
     paper = "2412.04467"
     positions = "compact"
+    reads = ("best", "keys")
 
     contextual: float = 10 / 64
-    layer: int | float = -2
     compat: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("contextual", self.contextual, 0, 1)
-        check_block("layer", self.layer)
         check_flag("compat", self.compat)
-
-    def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return EncoderRead("best", self.layer), EncoderRead("keys", self.layer)
 
     def assign(self, ctx: VisualContext, budget: Tensor) -> Assignment:
         """Send each token that is neither dominant nor a target to the target with the most similar key."""
-        best, keys = (ctx.encoder[read] for read in self.encoder_reads())
-        scores = check_scores(best, ctx, self.name)
+        scores, keys = self.read_scores(ctx), self.read(ctx, "keys")
         contextual = torch.minimum((budget * self.contextual).round().long(), budget - 1).clamp(min=0)
         dominant = ctx.cut(top_k(scores, budget - contextual, ctx.candidates)).keep
         targets = spaced(ctx.candidates & ~dominant, contextual)

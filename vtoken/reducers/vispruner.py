@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from vtoken.context import VisualContext
-from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.ops.common import unit_vectors
-from vtoken.reducers.base import SelectReducer, check_scores
-from vtoken.reducers.checks import check_block, check_number
+from vtoken.reducers.base import SelectReducer
+from vtoken.reducers.checks import check_number
+from vtoken.reducers.encoded import EncoderReducer
 from vtoken.reducers.views import Views
 from vtoken.registry import register
 
@@ -22,7 +22,7 @@ STEP = 8  # tokens that one round of thinning removes
 
 @register("vispruner")
 @dataclass(frozen=True)
-class VisPruner(SelectReducer):
+class VisPruner(EncoderReducer, SelectReducer):
     """VisPruner (arXiv 2412.01818): half of the budget by attention, the other half by removing duplicates.
 
     The rest, in order of attention, is thinned: of its even-placed tokens the eight most similar to an odd-placed one
@@ -47,20 +47,15 @@ class VisPruner(SelectReducer):
     positions = "compact"
 
     important: float = 0.5
-    layer: int | float = -2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("important", self.important, 0, 1)
-        check_block("layer", self.layer)
-
-    def encoder_reads(self) -> tuple[EncoderRead, ...]:
-        return (EncoderRead("best", self.layer),)
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K) of each view's important, then diverse tokens."""
         views = Views.of(ctx)
-        scores = views.take(check_scores(ctx.encoder[self.encoder_reads()[0]], ctx, self.name))
+        scores = views.take(self.read_scores(ctx))
         quota = views.share(budget, equal=True)
         order = top_k(scores, views.valid.sum(1), views.valid)
         head = (quota * self.important).long()

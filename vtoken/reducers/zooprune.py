@@ -33,6 +33,11 @@ class ZOOPrune(SelectReducer):
     (in half precision most of a perturbation of 0.01 is rounded away; their LLaVA-NeXT code replaces the projector),
     directions are seeded, and the newlines that stay are the true ones.
 
+    Where a projector makes one token of s x s patches (Qwen-VL's merger, InternVL's pixel shuffle), the patches of a
+    token are perturbed together, by one direction of length h in the space of all of them. The authors publish no code
+    for such projectors; this is the same formula with the token's whole input as ``x``. A projector that mixes patches
+    of several tokens, or resamples them inside, has no input of a single token and is refused.
+
     Parameters
     ----------
     directions : int
@@ -45,7 +50,7 @@ class ZOOPrune(SelectReducer):
     Raises
     ------
     ValueError
-        If a parameter is out of range.
+        If a parameter is out of range, or the model's projector has no input of a single token.
     """
 
     summary = "Sensitivity of the projector times diversity."

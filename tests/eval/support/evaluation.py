@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 import vtoken
@@ -33,13 +35,21 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def make_cell(checkpoint, private_cache):
     """``make_cell("fopru", keep=0.5, limit=8)``; without a name the unpruned model."""
-    spec = ModelSpec(str(checkpoint), device="cpu")
-    pinned = {"model": spec, "weights": weights_id(spec), "model_type": model_type(spec)}
 
-    def make(name=None, *, limit=8, batch_size=4, seed=0, task="mini", **params):
+    @functools.cache
+    def pinned(model):
+        spec = ModelSpec(str(model), device="cpu")
+        return {"model": spec, "weights": weights_id(spec), "model_type": model_type(spec)}
+
+    def make(name=None, *, model=checkpoint, limit=8, batch_size=4, seed=0, task="mini", **params):
         reducer = vtoken.get_reducer(name, **params) if name else None
         return Cell(
-            **pinned, reducer=reducer, task=resolve_tasks([task])[0], limit=limit, seed=seed, batch_size=batch_size
+            **pinned(model),
+            reducer=reducer,
+            task=resolve_tasks([task])[0],
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
         )
 
     return make

@@ -6,12 +6,11 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from vtoken.mini.questions import KINDS
 from vtoken.mini.training.answering import Answers
 from vtoken.mini.training.batches import Pack
 
@@ -21,23 +20,23 @@ class Trainer:
 
     Parameters
     ----------
-    modules : mapping of nn.Module to float
-        What is trained, each with its learning rate.
+    groups : sequence of (parameters, float)
+        What is trained, with its learning rate.
     horizon : int
         Steps of the schedule.
     warmup : int
         Steps until the full rate.
     """
 
-    def __init__(self, modules: Mapping[nn.Module, float], horizon: int, warmup: int = 100) -> None:
+    def __init__(self, groups: Sequence[tuple[Sequence[nn.Parameter], float]], horizon: int, warmup: int = 100) -> None:
         self.horizon, self.warmup = horizon, warmup
-        self.parameters = [p for module in modules for p in module.parameters()]
-        groups = []
-        for module, rate in modules.items():
+        self.parameters = [p for parameters, _ in groups for p in parameters]
+        options = []
+        for parameters, rate in groups:
             for decays in (True, False):  # no decay of biases and norms
-                chosen = [p for p in module.parameters() if (p.dim() >= 2) is decays]
-                groups.append({"params": chosen, "rate": rate, "weight_decay": 0.02 if decays else 0.0})
-        self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), fused=True)
+                chosen = [p for p in parameters if (p.dim() >= 2) is decays]
+                options.append({"params": chosen, "rate": rate, "weight_decay": 0.02 if decays else 0.0})
+        self.optimizer = torch.optim.AdamW(options, lr=1.0, betas=(0.9, 0.98), fused=True)
 
     def step(self, step: int, loss: torch.Tensor) -> None:
         """Follow the gradient of ``loss``."""
@@ -75,18 +74,19 @@ class Meter:
     def add(self, answers: Answers, pack: Pack) -> None:
         """Count one batch."""
         self.losses.append((answers.loss.item(), answers.grounding.item()))
-        wrong = torch.zeros(pack.labels.shape, dtype=torch.bool)
         asked = pack.labels[:, 1:] != -100
-        wrong[:, 1:][asked] = ~answers.correct
-        exact = ~wrong.view(len(pack.kinds), -1, pack.length).any(-1)
-        for row, kinds in zip(exact.tolist(), pack.kinds, strict=True):
+        most = max(map(len, pack.kinds)) + 1
+        wrong = torch.zeros(len(pack.kinds), most, dtype=torch.long)
+        missed = torch.zeros_like(pack.block[:, 1:]).masked_scatter(asked, (~answers.correct).long())
+        wrong.scatter_add_(1, pack.block[:, 1:], missed)
+        for row, kinds in zip((wrong[:, 1:] == 0).tolist(), pack.kinds, strict=True):
             for ok, kind in zip(row, kinds, strict=False):
                 self.right[kind] += ok
                 self.total[kind] += 1
 
     def report(self) -> str:
         """One line; starts over."""
-        kinds = " ".join(f"{k[:4]} {self.right[k] / self.total[k]:.2f}" for k in KINDS if self.total[k])
+        kinds = " ".join(f"{k[:4]} {self.right[k] / self.total[k]:.2f}" for k in sorted(self.total) if self.total[k])
         loss, grounding = (sum(values) / len(values) for values in zip(*self.losses, strict=True))
         self.reset()
         return f"loss {loss:.3f} ground {grounding:.2f} | {kinds}"

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all benchmarks share: arguments, alternating runs, and a JSON file that says where the numbers come from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from vtoken.eval.provenance import surroundings
+from vtoken.profile import Spread
+from vtoken.profile.clock import device_now
+from vtoken.profile.spread import alternate
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(description: str | None, flags: Sequence[str] = (), **defaults: Any) -> argparse.Namespace:
+    """``--quick``, ``--device``, ``--threads``, ``--rounds``, ``--out`` and further flags, with other defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="minimal sizes: does it run?")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating runs that count")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file; benchmarks/results/NAME.json by default")
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.set_defaults(**defaults)
+    found = parser.parse_args()
+    torch.set_num_threads(found.threads)
+    return found
+
+
+def race(runs: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warmup: int = 1) -> dict[str, Any]:
+    """Milliseconds of several functions in turn, and how much faster than the first one each is.
+
+    Returns
+    -------
+    dict
+        Per name ``median``, ``iqr`` and ``speedup``: the median over the rounds of first / this.
+    """
+    target = torch.device(device)
+
+    def timed(run: Callable[[], Any]) -> float:
+        start = device_now(target)
+        run()
+        return (device_now(target) - start) * 1e3
+
+    found = alternate({name: lambda run=run: timed(run) for name, run in runs.items()}, rounds, warmup)
+    first = next(iter(found.values()))
+    return {
+        name: {**asdict(Spread.of(times)), "speedup": median(a / b for a, b in zip(first, times, strict=True))}
+        for name, times in found.items()
+    }
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return float(torch.tensor(values, dtype=torch.double).log().mean().exp())
+
+
+def save(name: str, results: Any, args: argparse.Namespace) -> Path | None:
+    """Write the results; a quick run writes only where ``--out`` says."""
+    path = args.out or (None if args.quick else RESULTS / f"{name}.json")
+    if path is not None:
+        report = {"benchmark": name, "results": results, "surroundings": surroundings()}
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {path}", flush=True)
+    return path

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the session itself costs: wrapped at keep=1.0 against unwrapped, and decode steps of a pruned model; writes
+benchmarks/results/overhead.json.
+
+Prefill and decode steps alternate with those of the same unwrapped model. A decode step runs on the cache of its own
+prefill, without a mask as ``generate`` calls it for an unpadded batch.
+
+    python benchmarks/overhead.py
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import arguments, race, save
+
+import vtoken
+from vtoken.adapters.synthetic import synthetic_inputs
+from vtoken.profile.shapes import random_model, shape_config
+
+STEPS = 16
+"""Decode steps in one timed run: a single one is shorter than what disturbs it."""
+TARGETS = {"prefill_share": 0.01, "decode_ms": 0.1}
+REDUCERS = {
+    "keep all": vtoken.Random(keep=1.0),
+    "before the decoder": vtoken.Random(keep=0.1),
+    "inside the decoder": vtoken.FastV(keep=0.1, layer=2),
+}
+
+
+def twin(model: Any, reducer: vtoken.Reducer) -> Any:
+    """A wrapped copy of the model that shares its weights, so that nothing is wrapped while the clock runs."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return vtoken.wrap(copy.deepcopy(model, shared), reducer)
+
+
+def prefilling(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    """One prefill."""
+    return lambda: model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+def decoding(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """`STEPS` decode steps behind a prefill that is done once; the cache goes back to its length afterwards."""
+
+    def forward(**call: Any) -> Any:
+        return model(**call, use_cache=True, logits_to_keep=1)
+
+    length, first = inputs["input_ids"].shape[1], forward(**inputs)
+    cache, token = first.past_key_values, first.logits[:, -1:].argmax(-1)
+
+    def run() -> None:
+        for step in range(STEPS):
+            place = torch.full_like(token, length + step)
+            forward(input_ids=token, position_ids=place, past_key_values=cache)
+        cache.crop(-STEPS)
+
+    return run
+
+
+def measure(model: Any, inputs: dict[str, torch.Tensor], args: Any) -> dict[str, Any]:
+    """Milliseconds of a prefill and of `STEPS` decode steps, unwrapped and wrapped."""
+    models = {"unwrapped": model, **{name: twin(model, reducer) for name, reducer in REDUCERS.items()}}
+    with torch.inference_mode():
+        runs = {name: prefilling(models[name], inputs) for name in ("unwrapped", "keep all")}
+        first = race(runs, args.rounds, args.device)
+        later = race({name: decoding(found, inputs) for name, found in models.items()}, args.rounds, args.device)
+    plain = later["unwrapped"]["median"]
+    added = {name: (found["median"] - plain) / STEPS for name, found in later.items() if name != "unwrapped"}
+    share = first["keep all"]["median"] / first["unwrapped"]["median"] - 1
+    return {"prefill": first, "decode": later, "prefill_share": share, "decode_ms_added": added, "targets": TARGETS}
+
+
+def main() -> None:
+    """Measure two decoders: one of many thin layers, in which hooks weigh most, and one that computes."""
+    args = arguments(__doc__, rounds=9)
+    gpu = args.device != "cpu"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    thin = shape_config("llava-tiny")
+    thin.text_config.num_hidden_layers = 4 if args.quick else 28
+    shapes = {"28 thin layers": thin}
+    if not args.quick:
+        shapes["llava-next"] = shape_config("llava-next-7b" if gpu else "llava-next-small")
+    results = {}
+    for name, config in shapes.items():
+        model = random_model(config, device=args.device, dtype=dtype)
+        results[name] = found = measure(model, synthetic_inputs(model, 1, 576), args)
+        added = ", ".join(f"{key} {value:+.3f} ms" for key, value in found["decode_ms_added"].items())
+        print(f"{name}: prefill {found['prefill_share']:+.2%}, decode step {added}", flush=True)
+    save("overhead", results, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How near a pruned prefill comes to its FLOP ratio; writes benchmarks/results/prefill_efficiency.json.
+
+Token layouts of LLaVA-NeXT, Qwen2.5-VL and LLaVA-OneVision clips, at full size on a GPU and with a decoder of 8 layers
+of width 1024 on a CPU. The selection is `random`, which costs nothing: what is measured is everything else.
+
+    python benchmarks/prefill_efficiency.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from harness import arguments, geometric_mean, save
+
+import vtoken
+from vtoken.adapters.synthetic import synthetic_inputs
+from vtoken.profile import profile
+from vtoken.profile.shapes import random_model, shape_config
+
+FAMILIES = ("llava-next", "qwen2.5-vl", "llava-onevision")
+KEEP = (0.25, 0.1)
+TOKENS = 2304
+
+
+def measure(family: str, args: Any) -> dict[str, Any]:
+    """Profiles of one family at every keep ratio."""
+    gpu = args.device != "cpu"
+    config = shape_config(f"{family}-{'7b' if gpu else 'small'}")
+    if args.quick:
+        config.text_config.num_hidden_layers = 2
+        if getattr(config.text_config, "layer_types", None):
+            config.text_config.layer_types = config.text_config.layer_types[:2]
+    model = random_model(config, device=args.device, dtype=torch.bfloat16 if gpu else torch.float32)
+    inputs = synthetic_inputs(model, 1, 256 if args.quick else TOKENS)
+    found = {}
+    for keep in KEEP:
+        result = profile(model, vtoken.Random(keep=keep), inputs, new_tokens=2, rounds=args.rounds)
+        found[str(keep)] = result.as_dict()
+        print(
+            f"{family:16} keep={keep}: {result.unpruned.tokens:.0f} tokens, {result.speedup('prefill'):.2f}x of "
+            f"{result.flop_limit:.2f}x: efficiency {result.efficiency:.2f}",
+            flush=True,
+        )
+    return found
+
+
+def main() -> None:
+    """Measure all families."""
+    args = arguments(__doc__)
+    families = {family: measure(family, args) for family in FAMILIES}
+    pooled = {
+        str(keep): geometric_mean([found[str(keep)]["efficiency"] for found in families.values()]) for keep in KEEP
+    }
+    print("pooled efficiency", pooled)
+    save("prefill_efficiency", {"families": families, "pooled_efficiency": pooled}, args)
+
+
+if __name__ == "__main__":
+    main()

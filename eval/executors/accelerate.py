@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The executor ``accelerate``: data parallel inside a cell, over the accelerators of one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtoken.eval.cells import Cell
+from vtoken.eval.errors import EvalError
+from vtoken.eval.executors.base import check_count
+from vtoken.eval.executors.local import LocalExecutor
+from vtoken.eval.executors.team import Team, share
+from vtoken.eval.harness import collect_requests
+from vtoken.eval.listener import Listener, Outcome
+from vtoken.eval.runner import Runner
+from vtoken.eval.store import Store
+
+WITHOUT_ACCELERATOR = 2  # processes on a machine that has none
+
+
+@dataclass
+class AccelerateExecutor(LocalExecutor):
+    """Splits the documents of every cell over processes that it starts itself.
+
+    Every process has a copy of the model and answers whole batches of the one-process run, this one among them, which
+    also scores: the result is that of ``local``, to the digit.
+
+    Parameters
+    ----------
+    processes : int, optional
+        By default one per accelerator of this machine, or 2 where there is none.
+    """
+
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.processes is not None:
+            check_count("processes", self.processes)
+
+    def run(self, cells: Sequence[Cell], store: Store, listener: Listener) -> Outcome:
+        """See `Executor`."""
+        for cell in cells:
+            if cell.model.device_map is not None:
+                raise EvalError(
+                    f"device_map={cell.model.device_map!r} spreads {cell.model.pretrained!r} over devices, the "
+                    "executor 'accelerate' gives every device a whole model: use the executor 'local'."
+                )
+        size = self.processes or torch.accelerator.device_count() or WITHOUT_ACCELERATOR
+        with Team(store.root, size) as team:
+            self._runner = SharingRunner(store, listener, self.empty_limit, team=team)
+            return self._runner.run(cells)
+
+
+class SharingRunner(Runner):
+    """Answers its share while the team answers the others, then evaluates with all answers at hand."""
+
+    def __init__(self, *arguments: Any, team: Team) -> None:
+        super().__init__(*arguments)
+        self.team = team
+
+    def answer_ahead(self, cell: Cell, model: Any, task: Any) -> None:
+        """See `Runner`."""
+        told = model.on_answers
+
+        def answered(count: int) -> None:
+            told(count)
+            self.team.listen(0, told, self.listener.trouble)
+
+        self.team.ask(cell)
+        model.on_answers = answered
+        folder = self.store.path(cell.id, "")
+        requests = collect_requests(model, task, limit=cell.limit, seed=cell.seed, output=folder)
+        model.generate_until(share(model, requests, 0, self.team.size))
+        while self.team.is_busy:
+            self.team.listen(1.0, told, self.listener.trouble)
+        model.log.read(self.store.answers(cell.id))
+        model.on_answers = lambda count: None  # all are counted

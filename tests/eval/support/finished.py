@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Made-up results: what a sweep leaves on disk, without running a model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from vtoken.eval.cells import Cell
+from vtoken.eval.store import Store
+from vtoken.eval.summary import summarize
+
+KINDS = ("color", "digit")
+
+
+def save_run(store: Store, cell: Cell, rate: float, *, count: int = 200, first: int = 0, answer: str = "x") -> None:
+    """A finished cell that is right on a share ``rate`` of documents ``first`` to ``first + count``.
+
+    Documents are as hard in every cell: what a lower rate gets right, a higher one does too.
+    """
+    ease = np.random.default_rng(0).uniform(size=first + count)
+    kept = 144 if cell.reducer is None else 36
+    tokens = {"visual_tokens": 144, "visual_kept": kept, "visual_per_layer": float(kept)}
+    samples = [
+        {"doc_id": i, "kind": KINDS[i % 2], "cluster": str(i // 4), "prompt": "", "target": f"t{i}", "tokens": tokens}
+        | {"score": float(ease[i] < rate), "answer": f"t{i}" if ease[i] < rate else answer}
+        for i in range(first, first + count)
+    ]
+    made = {"vtoken": "0.1.0", "torch": "2.15", "gpu": None}
+    result = {"id": cell.id, "cell": cell.config(), "dataset": "d1", "prompts": "p1", "made_with": made}
+    store.save(cell.id, result, samples)
+    store.save_profile(cell.id, {"prefill_ms": 12.5, "speedup": 2.0, "kv_bytes": 150_000.0})
+
+
+def save_table(store: Store, cells: list[Cell]) -> None:
+    """The ``results.json`` of these cells."""
+    rows = [{"cell": row.cell} for row in summarize(cells, store)]
+    (store.root / "results.json").write_text(json.dumps({"settings": {"limit": 200}, "rows": rows}))

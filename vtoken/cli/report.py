@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vtoken report``: one self-contained HTML page about finished results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vtoken.cli.console import err, out, sentences
+
+if TYPE_CHECKING:
+    from vtoken.eval.regressions import Regression
+
+
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="A results folder, or one that holds several.")],
+    file: Annotated[Path | None, typer.Option("--out", help="The page; FOLDER/report.html by default.")] = None,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="Worst regressions to draw; loads their models. 0 draws none.")
+    ] = 4,
+) -> None:
+    """Write a page with plots, tables, the worst regressions as pictures, and where the results come from."""
+    with sentences():
+        from transformers.utils.logging import disable_progress_bar
+
+        from vtoken.eval.pictures import draw_regressions
+        from vtoken.eval.report import render_html, write_file
+        from vtoken.eval.runs import read_runs
+        from vtoken.eval.summary import rows_of
+
+        runs = read_runs(folder)
+        disable_progress_bar()  # of loading weights
+        drawn, remarks = draw_regressions(runs, pictures, _announce)
+        page = render_html(rows_of(runs), _settings(folder), runs, drawn, remarks)
+        written = write_file(file or folder / "report.html", page)
+    for remark in remarks:
+        err().print(remark, markup=False, highlight=False, soft_wrap=True)
+    out().print(f"Written: {written}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _announce(regression: Regression) -> None:
+    line = f"drawing {regression.run.name} on {regression.run.task}, document {regression.doc_id}"
+    err().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What the command that made the results was told, where it says so."""
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}

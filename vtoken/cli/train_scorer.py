@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vtoken train-scorer``: the relevance scorer of the reducer ``explain`` for a frozen model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vtoken.cli.console import sentences
+from vtoken.cli.training import BatchSize, Data, Fresh, Model, Out, Rate, Seed, Steps, train_part
+
+
+def train_scorer_command(
+    model: Model = "mini-llava",
+    data: Data = None,
+    out: Out = Path("scorer.safetensors"),
+    steps: Steps = 300,
+    batch_size: BatchSize = 16,
+    lr: Rate = 3e-3,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+) -> None:
+    """Train the network that predicts relevance (arXiv 2506.01097) for a frozen model."""
+    with sentences():
+        from vtoken.training import Plan, train_scorer
+
+        plan = Plan(steps, batch_size, lr, seed)
+    train_part(train_scorer, model, data, out, plan, fresh, "reducer explain, checkpoint={}")

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mini-internvl``: up to four tiles of 84 pixels and a thumbnail, of 12 x 12 patches that make 6 x 6 tokens each."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
+    Qwen2Config,
+)
+
+from vtoken.mini.model import BOS, EOS, PAD, WIDTH
+from vtoken.mini.models.base import (
+    VOCAB,
+    Architecture,
+    Places,
+    build_tokenizer,
+    chat_template,
+    grid_places,
+    join_places,
+    sincos,
+)
+from vtoken.mini.world import PATCH
+
+TILE, TOWER_WIDTH, TOWER_LAYERS = 84, 96, 5
+SIDE = TILE // PATCH  # tokens; a patch of the tower is half as wide
+MOST_TILES = 4
+CONTEXT, START, END, VIDEO = "<IMG_CONTEXT>", "<img>", "</img>", "<video>"
+
+
+def build_processor() -> InternVLProcessor:
+    """Tokenizer and image processor."""
+    common = {
+        "size": {"height": TILE, "width": TILE},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.25, 0.25, 0.25],
+        "do_convert_rgb": True,
+    }
+    tokenizer = build_tokenizer(
+        context_image_token=CONTEXT, start_image_token=START, end_image_token=END, video_token=VIDEO
+    )
+    return InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(crop_to_patches=True, min_patches=1, max_patches=MOST_TILES, **common),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(**common),
+        image_seq_length=SIDE**2,
+        chat_template=chat_template(CONTEXT, VIDEO),
+    )
+
+
+def build_model(seed: int = 0) -> InternVLForConditionalGeneration:
+    """The untrained model: a small InternViT, and a Qwen2 decoder of the size of ``mini-llava``'s."""
+    torch.manual_seed(seed)
+    vision = InternVLVisionConfig(
+        hidden_size=TOWER_WIDTH,
+        intermediate_size=3 * TOWER_WIDTH,
+        num_hidden_layers=TOWER_LAYERS,
+        num_attention_heads=4,
+        attention_bias=True,
+        image_size=[TILE, TILE],
+        patch_size=[PATCH // 2, PATCH // 2],
+        layer_scale_init_value=1.0,
+    )
+    text = Qwen2Config(
+        vocab_size=len(VOCAB),
+        hidden_size=WIDTH,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=VOCAB[BOS],
+        eos_token_id=VOCAB[EOS],
+        pad_token_id=VOCAB[PAD],
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+    )
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=VOCAB[CONTEXT],
+        image_seq_length=SIDE**2,
+        downsample_ratio=0.5,
+        tie_word_embeddings=True,
+    )
+    model = InternVLForConditionalGeneration(config)
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.position_embeddings[0, 1:] = sincos(2 * SIDE, TOWER_WIDTH)
+    for name, token in {"pad": PAD, "bos": BOS, "eos": EOS}.items():
+        setattr(model.generation_config, f"{name}_token_id", VOCAB[token])
+    return model
+
+
+def places(width: int, height: int, video: bool = False) -> Places:
+    """Tiles row by row, then the thumbnail; pictures are multiples of TILE pixels and more than one tile."""
+    tiles = [
+        grid_places(SIDE, SIDE, (x, y, x + TILE, y + TILE), view=n, part=True, scale=2)
+        for n, (y, x) in enumerate((y, x) for y in range(0, height, TILE) for x in range(0, width, TILE))
+    ]
+    return join_places([*tiles, grid_places(SIDE, SIDE, (0, 0, width, height), view=len(tiles), scale=2)])
+
+
+ARCHITECTURE = Architecture(
+    name="mini-internvl",
+    build_model=build_model,
+    build_processor=build_processor,
+    places=places,
+    tower="vision_tower",
+    tower_width=TOWER_WIDTH,
+    cls_layers="vision_tower.encoder.layer",
+    source="mini-llava-next",
+    transferred={"language_model": "language_model"},
+    tasks={"scene": 0.5, "read": 0.2, "multi": 0.12, "describe": 0.18},
+    steps={"decoder": 250, "tower": 1500, "joint": 600},
+)

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a model of another architecture from the weights of ``mini-llava``, in three phases.
+
+1. ``decoder``: symbolic documents, whose visual tokens are sums of label embeddings, in the new model's own layout;
+2. ``tower``: tower and projector learn what each visual token shows, and to write it as those embeddings;
+3. ``joint``: the whole model answers questions about pixels; the dense losses keep the tower honest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vtoken.mini import loader
+from vtoken.mini.model import VOCAB as FIRST_VOCAB
+from vtoken.mini.models import ARCHITECTURES
+from vtoken.mini.models.base import VOCAB, Architecture
+from vtoken.mini.training.answering import answer
+from vtoken.mini.training.batches import train_rng
+from vtoken.mini.training.export import export
+from vtoken.mini.training.feed import Feed, Shown, encode, surroundings, view_labels
+from vtoken.mini.training.labels import FIELDS, IGNORE
+from vtoken.mini.training.loop import Meter, Trainer, steps
+from vtoken.mini.training.run import REPORT, SAVE, Run, log, match_loss
+from vtoken.mini.training.supervision import Symbols
+from vtoken.mini.videos import STEP
+from vtoken.mini.world import CELLS, GRID, LETTERS, sample_scene
+
+LOOKING = 0.4  # of the tower's steps, in which it also tells what surrounds each token
+SHOWN = 0.5  # of the visual tokens of a symbolic document; what is left out is background
+FITTED = 12  # batches from which the label embeddings start
+CROWDED = 0.85  # of the tower's pictures
+EMPHASIS = {"read": 4.0}  # of the decoder's tasks: spelling numbers is new to it and takes the most steps
+TOWER_COLUMNS = 1800  # small batches: many steps leave the plateaus sooner
+SEEN = {"scene": 0.8, "read": 0.2}  # tasks whose pictures teach the tower
+DENSE, CLS = 0.2, 0.5  # weights of the joint phase's other losses
+
+
+@torch.no_grad()
+def fit_symbols(symbols: Symbols, name: str, source: Any) -> None:
+    """Start the label embeddings from the visual tokens that the source model's decoder knows."""
+    rng = train_rng(20)
+    feed, tasks = Feed(ARCHITECTURES[name], source, rng), ARCHITECTURES[name].tasks
+    shown = []
+    for turn in range(FITTED):
+        if tasks:
+            shown.append(feed.draw(tasks, crowded=turn % 2 == 0))
+        else:
+            scenes = [[sample_scene(rng, crowded=turn % 2 == 0)] for _ in range(8)]
+            shown.append(feed.show("scene", scenes, (CELLS, CELLS)))
+    seen = [(s.batch.labels, feed.pixels(s)) for s in shown]
+    features = torch.cat([encode(source, pixels, len(labels["kind"])).flatten(0, 1) for labels, pixels in seen])
+    together = {field: torch.cat([labels[field].flatten() for labels, _ in seen]) for field in FIELDS}
+    sure = together["kind"] != IGNORE
+    symbols.start_from_features({field: values[sure] for field, values in together.items()}, features[sure])
+    if not tasks:  # numerals were never printed: begin with the mean letter, and the numeral's word
+        table, words = symbols.tables["letter"].data, source.get_input_embeddings().weight
+        for numeral, row in enumerate(range(len(LETTERS), FIELDS["letter"])):
+            table[row] = table[: len(LETTERS)].mean(0) + words[FIRST_VOCAB[str(numeral)]]
+
+
+def _fitted(name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """An old parameter in the new one's shape: more words, fewer places."""
+    if old.shape == new.shape:
+        return old
+    if "position_embedding" in name:
+        side = round((len(new) - 1) ** 0.5)
+        table = old[1:].view(GRID, GRID, -1)[:side, :side].flatten(0, 1)
+        return torch.cat([old[:1], table])
+    rows = new.clone() * old.std() / new.std()
+    rows[: len(old)] = old
+    return rows
+
+
+def start_from(model: Any, source: Any, prefixes: Mapping[str, str]) -> None:
+    """Copy parameters whose names begin with one of ``prefixes``."""
+    old = dict(source.model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.model.named_parameters():
+            for new_prefix, old_prefix in prefixes.items():
+                other = old_prefix + name.removeprefix(new_prefix)
+                if name.startswith(new_prefix) and other in old:
+                    parameter.copy_(_fitted(name, old[other], parameter))
+                    break
+
+
+def spell_numerals(words: torch.Tensor) -> None:
+    """Start ``##7`` as what the spelled letters have in common and ``7`` has of its own (in place)."""
+    letters = words[[VOCAB[f"##{letter}"] for letter in LETTERS]].mean(0)
+    numerals = words[[VOCAB[str(n)] for n in range(10)]]
+    words[[VOCAB[f"##{n}"] for n in range(10)]] = letters + numerals - numerals.mean(0)
+
+
+class Transfer(Run):
+    """The phases of a model that starts from another one's weights."""
+
+    def __init__(self, architecture: Architecture, folder: Path) -> None:
+        super().__init__(architecture, folder)
+        source, _ = loader.load(architecture.source)
+        fit_symbols(self.symbols, architecture.source, source)
+        start_from(self.model, source, architecture.transferred)
+        if not ARCHITECTURES[architecture.source].tasks:  # it never read a number
+            with torch.no_grad():
+                spell_numerals(self.model.get_input_embeddings().weight)
+
+    def _symbolic(self, shown: Shown, dropout: float = 0.0) -> torch.Tensor:
+        visual = self.symbols(shown.batch.labels, dropout)
+        newline = torch.from_numpy(shown.batch.places.view < 0)
+        if newline.any():
+            visual = torch.where(newline[:, None], self.model.model.image_newline, visual)
+        return visual
+
+    def decoder(self, limit: int, minutes: float) -> None:
+        """Phase 1: questions about symbolic documents."""
+        feed, meter = Feed(self.architecture, self.model, train_rng(21)), Meter()
+        trainer = Trainer([(self.decoder_parameters(), 8e-4)], limit)
+        tasks = {task: share * EMPHASIS.get(task, 1.0) for task, share in self.architecture.tasks.items()}
+        for step in steps(limit, minutes):
+            shown = feed.draw(tasks)
+            asked, labels = feed.ask(shown), shown.batch.labels
+            visual = self._symbolic(shown, dropout=0.02)
+            visual = visual + 0.03 * torch.randn_like(visual)
+            order = torch.rand(visual.shape[:2]) + 10.0 * (labels["kind"] > 0)
+            where = order.topk(int(SHOWN * visual.shape[1]), 1).indices.sort(1).values
+            found = answer(self.model, self.heads, visual, shown.prompt, asked, labels, where)
+            trainer.step(step, found.loss)
+            meter.add(found, asked)
+            self.report("decoder", step, meter)
+        self.save("decoder")
+
+    def tower(self, limit: int, minutes: float) -> None:
+        """Phase 2: dense labels, and the label embeddings as targets."""
+        self.load("decoder")
+        feed, losses = Feed(self.architecture, self.model, train_rng(22), TOWER_COLUMNS), []
+        cls = self.cls_states()
+        trained = [*self.model.model.parameters(), *self.heads.parameters()]
+        trainer = Trainer([(trained, 1.5e-3)], limit)
+        for step in steps(limit, minutes):
+            shown = feed.draw(SEEN | {"video": self.architecture.tasks.get("video", 0.0)}, feed.rng.random() < CROWDED)
+            labels = shown.batch.labels
+            painted = shown.batch.paint(feed.rng)
+            visual = encode(self.model, feed.pixels(shown, painted), len(shown.batch.scenes))
+            dense = self.heads.dense_loss(visual, labels)
+            around = surroundings(painted, shown.batch.places, STEP if shown.task == "video" else 1)
+            look = (self.heads.look(visual) - around).square().mean() / around.var()
+            match = match_loss(visual, self._symbolic(shown).detach(), labels["kind"])
+            early = max(0.0, 1 - step / (LOOKING * limit))
+            loss = dense + 5 * (1 - early) * match + 10 * early * look
+            if cls is not None:
+                loss = loss + 2 * self.heads.picture_loss(cls.take(), view_labels(shown.batch))
+            trainer.step(step, loss)
+            losses.append((dense.item(), match.item(), look.item()))
+            if step % REPORT == REPORT - 1:
+                means = np.mean(losses, 0)
+                accuracy = self.heads.accuracy(visual, labels)
+                log.info("tower %d dense %.2f match %.3f look %.3f | %s", step + 1, *means, accuracy)
+                losses.clear()
+            if step % SAVE == SAVE - 1:
+                self.save("tower")
+        self.save("tower")
+
+    def joint(self, limit: int, minutes: float) -> None:
+        """Phase 3: everything together."""
+        self.load("tower")
+        feed, meter = Feed(self.architecture, self.model, train_rng(23)), Meter()
+        cls = self.cls_states()
+        low = [*self.tower_parameters(True), *self.heads.parameters()]
+        trainer = Trainer([(self.tower_parameters(False), 6e-4), (low, 2e-4)], limit)
+        for step in steps(limit, minutes):
+            shown = feed.draw(self.architecture.tasks)
+            asked, labels = feed.ask(shown), shown.batch.labels
+            visual = encode(self.model, feed.pixels(shown), len(shown.batch.scenes))
+            found = answer(self.model, self.heads, visual, shown.prompt, asked, labels)
+            loss = found.loss + DENSE * self.heads.dense_loss(visual, labels)
+            if cls is not None:
+                loss = loss + CLS * self.heads.picture_loss(cls.take(), view_labels(shown.batch))
+            trainer.step(step, loss)
+            meter.add(found, asked)
+            self.report("joint", step, meter)
+        self.save("joint")
+        export(self.model, self.architecture.build_processor(), self.folder / "export")

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a reducer costs and saves on one batch: every phase of an answer, memory, and nearness to the FLOP limit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtoken.adapters import adapter_for
+from vtoken.cache import cache_bytes
+from vtoken.profile.attention import fastest_attention
+from vtoken.profile.flops import prefill_flops
+from vtoken.profile.memory import peak_bytes
+from vtoken.profile.run import PHASES, Run, run_once
+from vtoken.profile.spread import Spread, alternate
+from vtoken.reducers.base import Reducer
+from vtoken.wrapping import reduce, stats
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two things compared.
+
+    Parameters
+    ----------
+    milliseconds : dict
+        `Spread` of each of `vtoken.profile.run.PHASES`.
+    tokens : float
+        Visual tokens that enter the language model, per prompt.
+    peak_bytes : int
+        Most memory that a prefill holds beyond weights and inputs.
+    kv_bytes : int
+        Keys and values after the prefill.
+    prefill_flops : int
+        Counted operations of the language model's prefill, without the selection.
+    """
+
+    milliseconds: dict[str, Spread]
+    tokens: float
+    peak_bytes: int
+    kv_bytes: int
+    prefill_flops: int
+
+    @property
+    def end_to_end(self) -> float:
+        """Milliseconds of a whole answer."""
+        return self.milliseconds["end_to_end"].median
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A reducer against the unpruned model.
+
+    Parameters
+    ----------
+    batch, new_tokens, rounds : int
+        Prompts at once, tokens of each answer, runs that count.
+    attention : dict
+        Milliseconds of an unpruned prefill by attention backend; the fastest is the baseline.
+    unpruned, reduced : Side
+        Both, measured in turn.
+    """
+
+    batch: int
+    new_tokens: int
+    rounds: int
+    attention: dict[str, float]
+    unpruned: Side
+    reduced: Side
+
+    def speedup(self, phase: str) -> float:
+        """Unpruned / reduced time of a phase."""
+        return self.unpruned.milliseconds[phase].median / max(self.reduced.milliseconds[phase].median, 1e-9)
+
+    @property
+    def flop_limit(self) -> float:
+        """Unpruned / reduced operations of the prefill: the speed-up of a machine without any other cost."""
+        return self.unpruned.prefill_flops / max(self.reduced.prefill_flops, 1)
+
+    @property
+    def efficiency(self) -> float:
+        """Measured speed-up of the prefill as a share of `flop_limit`."""
+        return self.speedup("prefill") / self.flop_limit
+
+    @property
+    def samples_per_second(self) -> tuple[float, float]:
+        """Whole answers per second, unpruned and reduced."""
+        return self.batch / self.unpruned.end_to_end * 1e3, self.batch / self.reduced.end_to_end * 1e3
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was measured and what follows from it, for JSON."""
+        rates = self.samples_per_second
+        return {
+            **asdict(self),
+            "speedup": {phase: self.speedup(phase) for phase in PHASES if phase != "selection"},
+            "flop_limit": self.flop_limit,
+            "efficiency": self.efficiency,
+            "samples_per_second": {"unpruned": rates[0], "reduced": rates[1]},
+        }
+
+
+def profile(
+    model: nn.Module,
+    reducer: Reducer,
+    inputs: Mapping[str, Any],
+    *,
+    new_tokens: int = 8,
+    rounds: int = 5,
+    warmup: int = 1,
+    attention: str | None = None,
+) -> Profile:
+    """Measure a reducer on one batch, in runs that alternate with the unpruned model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Unwrapped.
+    reducer : Reducer
+        What is measured.
+    inputs : mapping
+        Of the model's ``generate``, with pixels.
+    new_tokens : int
+        Tokens of each answer, at least 2: the first belongs to the prefill.
+    rounds, warmup : int
+        Runs of each kind that count, and that do not.
+    attention : str, optional
+        Backend of the reduced model; by default the baseline's. The unpruned model always gets the fastest.
+
+    Raises
+    ------
+    ValueError
+        If ``new_tokens`` or ``rounds`` is too small.
+    """
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens={new_tokens} leaves no decoding step to measure: give at least 2.")
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} measures nothing: give at least 1.")
+    before = getattr(model.config, "_attn_implementation", None)
+    with torch.inference_mode():
+        candidates = fastest_attention(model, inputs)
+        fastest = min(candidates, key=candidates.__getitem__)
+        sides = {"unpruned": (None, fastest), "reduced": (reducer, attention or fastest)}
+        try:
+            runs = {
+                name: lambda chosen=chosen: _run(model, chosen, inputs, new_tokens) for name, chosen in sides.items()
+            }
+            found = alternate(runs, rounds, warmup)
+            both = {name: _side(model, *sides[name], inputs, found[name]) for name in sides}
+        finally:
+            if before is not None:
+                model.set_attn_implementation(before)  # type: ignore[operator]
+    return Profile(len(inputs["input_ids"]), new_tokens, rounds, candidates, **both)
+
+
+def _wrapped(model: nn.Module, reducer: Reducer | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if reducer is None else reduce(model, reducer)
+
+
+def _run(model: nn.Module, chosen: tuple[Reducer | None, str], inputs: Mapping[str, Any], new_tokens: int) -> Run:
+    reducer, attention = chosen
+    model.set_attn_implementation(attention)  # type: ignore[operator]
+    with _wrapped(model, reducer):
+        return run_once(model, inputs, new_tokens)
+
+
+def _side(
+    model: nn.Module, reducer: Reducer | None, attention: str, inputs: Mapping[str, Any], runs: list[Run]
+) -> Side:
+    model.set_attn_implementation(attention)  # type: ignore[operator]
+    rows = len(inputs["input_ids"])
+    with _wrapped(model, reducer):
+        caches: list[int] = []
+
+        def prefill() -> None:
+            caches.append(cache_bytes(model(**inputs, use_cache=True, logits_to_keep=1).past_key_values))
+
+        peak = peak_bytes(prefill, next(model.parameters()).device)
+        flops = prefill_flops(model, inputs)
+        kept = adapter_for(model).modality(inputs["input_ids"], None).gt(0).sum().item()
+        if reducer is not None:
+            kept = stats(model).tokens_kept
+    return Side(
+        milliseconds={phase: Spread.of([getattr(run, phase) for run in runs]) for phase in PHASES},
+        tokens=kept / rows,
+        peak_bytes=peak,
+        kv_bytes=caches[0],
+        prefill_flops=flops,
+    )

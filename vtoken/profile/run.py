@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One ``generate`` call, taken apart into phases by hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from vtoken.adapters import adapter_for
+from vtoken.profile.clock import ModuleClock, now, vision_modules
+from vtoken.wrapping import session_of
+
+PHASES = ("vision", "projector", "selection", "prefill", "first_token", "decode", "end_to_end")
+"""Attributes of `Run`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Milliseconds of one answer.
+
+    Parameters
+    ----------
+    vision, projector : float
+        Vision tower, with what the reducer reads from it, and projector.
+    selection : float
+        The reducer's own decisions, before the language model and inside it.
+    prefill : float
+        From the start to the first token, without tower and projector; the selection is part of it.
+    first_token : float
+        From the start to the first token.
+    decode : float
+        A further token (median).
+    end_to_end : float
+        The whole answer.
+    """
+
+    vision: float
+    projector: float
+    selection: float
+    prefill: float
+    first_token: float
+    decode: float
+    end_to_end: float
+
+
+class _Decisions:
+    """Stands in for a reducer and reports what its decisions take."""
+
+    def __init__(self, reducer: Any, meter: Callable[[], float]) -> None:
+        self.reducer, self.meter = reducer, meter
+        self.total = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reducer, name)
+
+    def before_llm(self, *args: Any) -> Any:
+        return self._metered(self.reducer.before_llm, *args)
+
+    def at_layer(self, *args: Any) -> Any:
+        return self._metered(self.reducer.at_layer, *args)
+
+    def _metered(self, decide: Callable, *args: Any) -> Any:
+        before = self.meter()
+        try:
+            return decide(*args)
+        finally:
+            self.total += self.meter() - before
+
+
+@contextlib.contextmanager
+def decisions(model: nn.Module, meter: Callable[[], float]) -> Iterator[Callable[[], float]]:
+    """What the reducer of a wrapped model adds to ``meter`` while it decides; 0 for an unwrapped model."""
+    session = session_of(model)
+    if session is None:
+        yield lambda: 0.0
+        return
+    watched: Any = _Decisions(session.reducer, meter)
+    session.reducer = watched
+    try:
+        yield lambda: watched.total
+    finally:
+        session.reducer = watched.reducer
+
+
+def run_once(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> Run:
+    """Answer greedily with exactly ``new_tokens`` tokens, and say where the time went."""
+    adapter = adapter_for(model)
+    tower, projector = ModuleClock(model, adapter.tower), ModuleClock(model, adapter.projector)
+    steps: list[float] = []
+    handle = model.register_forward_hook(lambda *_: steps.append(now(model)))
+    try:
+        with tower, projector, decisions(model, lambda: now(model)) as selection:
+            start = now(model)
+            model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
+            end = now(model)
+    finally:
+        handle.remove()
+    inside = len(vision_modules(model)) == 1
+    vision = tower.milliseconds - (projector.milliseconds if inside else 0.0)
+    first = (steps[0] - start) * 1e3
+    return Run(
+        vision=vision,
+        projector=projector.milliseconds,
+        selection=selection() * 1e3,
+        prefill=first - vision - projector.milliseconds,
+        first_token=first,
+        decode=median((b - a) * 1e3 for a, b in pairwise(steps)),
+        end_to_end=(end - start) * 1e3,
+    )

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drops patches inside of the vision tower: its later blocks compute fewer rows, its outward shapes stay.
+
+Every block from the cut on gets the kept rows only. What it returns is written into a tensor of full length, in which a
+dropped patch keeps the hidden state it had before the cut. So all that looks at the tower from outside (recorded hidden
+states, the feature layer, pixel shuffles, anyres packing) finds the shapes it expects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vtoken.context import TowerContext
+from vtoken.encoder import STATISTICS, EncoderRead
+
+if TYPE_CHECKING:
+    from vtoken.adapters.base import Adapter
+    from vtoken.reducers.base import Reducer
+
+
+class TowerCut:
+    """One reducer at work inside of the tower, during one call of ``get_*_features``.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        Knows the blocks, and which patches become one token.
+    reducer : Reducer
+        One with an ``in_tower`` stage.
+    modality : str
+        ``"image"`` or ``"video"``.
+
+    Raises
+    ------
+    ValueError
+        If the reducer names a block that has no block before it.
+    """
+
+    def __init__(self, adapter: Adapter, reducer: Reducer, modality: str) -> None:
+        self.adapter, self.reducer, self.modality = adapter, reducer, modality
+        self.first = adapter.leading_tokens
+        named = reducer.tower_block()
+        self.block = max(adapter.tower_block(named), int(isinstance(named, float)))  # a share is at least block 1
+        if self.block < 1:
+            raise ValueError(
+                f"Reducer {reducer.name!r} cuts before block {named} of the vision tower, which is its first: there is "
+                f"no attention yet, so name one of 1 to {len(adapter.tower_blocks) - 1}."
+            )
+        self.reads = {name: EncoderRead(name).resolve(self.first > 0).what for name in reducer.tower_reads()}
+        self.kept: list[Tensor] = []
+        """Per call of the tower (V, patches) bool."""
+        self._rows = torch.empty(0)  # (V, n) long: rows that the blocks work on, in the present call of the tower
+        self._found: dict[str, Tensor] = {}
+        self._full = self._short = torch.empty(0)
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """Install the hooks until the stack closes."""
+        for block in self.adapter.tower_blocks[self.block :]:
+            before = block.register_forward_pre_hook(self._before, with_kwargs=True)
+            # prepend: transformers records hidden states by hooks of its own, which must see the restored ones
+            after = block.register_forward_hook(self._after, prepend=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+
+    def note(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Take the statistics from queries and keys of the block before the cut."""
+        self._found = {name: STATISTICS[what](query, key, scale, self.first) for name, what in self.reads.items()}
+
+    def widen(self, values: Tensor, call: int) -> Tensor:
+        """Statistics (V, n, ...) of the patches kept in a call of the tower to (V, patches, ...), zero elsewhere."""
+        kept = self.kept[call]
+        out = values.new_zeros(*kept.shape, *values.shape[2:])
+        out[kept] = values.flatten(0, 1)
+        return out
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        hidden = args[0]
+        if module is self.adapter.tower_blocks[self.block]:
+            groups = self.adapter.tower_groups(hidden.shape[-2] - self.first, self.modality)
+            self._check(module, args, kwargs)
+            self._full, self._rows = hidden, self._choose(hidden, groups.to(hidden.device))
+        elif hidden is self._full:
+            return (self._short, *args[1:]), kwargs
+        rows = self._rows[..., None].expand(-1, -1, hidden.shape[-1])
+        return (hidden.gather(1, rows), *args[1:]), kwargs
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        self._short = output[0] if isinstance(output, tuple) else output
+        rows = self._rows[..., None].expand_as(self._short)
+        self._full = self._full.scatter(1, rows, self._short)
+        return (self._full, *output[1:]) if isinstance(output, tuple) else self._full
+
+    def _choose(self, hidden: Tensor, groups: Tensor) -> Tensor:
+        """(V, n) rows that stay: leading tokens and the patches of the groups that the reducer names, in order."""
+        if len(self._found) < len(self.reads):
+            raise ValueError(
+                f"The vision tower of {type(self.adapter.model).__name__} computes its attention with code of its own, "
+                "which cannot be read: use a reducer that acts before the language model."
+            )
+        members = groups.argsort(stable=True).view(int(groups.max()) + 1, -1)
+        picked = self.reducer.in_tower(TowerContext({k: v[:, members].mean(-1) for k, v in self._found.items()}))
+        self._found = {}
+        chosen = members[picked].flatten(1).sort(1).values
+        self.kept.append(torch.zeros(len(hidden), len(groups), dtype=torch.bool, device=hidden.device))
+        self.kept[-1].scatter_(1, chosen, True)
+        leading = torch.arange(self.first, device=hidden.device).expand(len(hidden), -1)
+        return torch.cat([leading, chosen + self.first], 1)
+
+    def _check(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        extras = [x for value in (*args[1:], *kwargs.values()) for x in (value if type(value) is tuple else (value,))]
+        if args[0].dim() != 3 or any(isinstance(x, Tensor) for x in extras):
+            raise ValueError(
+                f"The vision tower of {type(self.adapter.model).__name__} hands its blocks more than hidden states of "
+                "(views, patches, width), such as masks or rotary tables, which cannot be cut along: use a reducer "
+                "that acts before the language model."
+            )
+        checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
+        if checkpointing and "__call__" in vars(GradientCheckpointingLayer):
+            raise NotImplementedError(
+                "Cutting inside the vision tower under gradient checkpointing needs transformers >= 5.23: "
+                "upgrade, or use a reducer that acts before the language model."
+            )
