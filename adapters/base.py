@@ -105,17 +105,19 @@ class Adapter:
             If the network is no gated one of three plain linear layers (a mixture of experts, quantised weights).
         """
         ffn = self.ffn(layer)
-        linear = {name: getattr(ffn, name, None) for name in ("gate_proj", "up_proj", "down_proj")}
-        if any(type(part) is not nn.Linear or part.weight.is_meta for part in linear.values()):
+        names = ("gate_proj", "up_proj", "down_proj")
+        parts = {name: getattr(ffn, name, None) for name in names}
+        linear = {name: part for name, part in parts.items() if type(part) is nn.Linear and not part.weight.is_meta}
+        if len(linear) < len(names):
             raise NotImplementedError(
                 f"{type(ffn).__name__} has no neurons in plain linear layers (gate_proj, up_proj, down_proj), so that "
                 f"ffn={share} is not defined for it: give ffn=0 or ffn=1."
             )
-        down = ffn.down_proj
-        neurons = max(1, round(share * down.in_features))  # type: ignore[union-attr, operator]
-        narrow = {"down_proj.weight": down.weight[:, :neurons]}  # type: ignore[union-attr, index]
+        down = linear["down_proj"]
+        neurons = max(1, round(share * down.in_features))
+        narrow = {"down_proj.weight": down.weight[:, :neurons]}
         for name in ("gate_proj", "up_proj"):
-            for kind, values in getattr(ffn, name).named_parameters():
+            for kind, values in linear[name].named_parameters():
                 narrow[f"{name}.{kind}"] = values[:neurons]
         return narrow
 

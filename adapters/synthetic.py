@@ -53,15 +53,16 @@ def synthetic_inputs(model: Any, batch: int = 1, tokens: int = 576, text: int = 
     with torch.inference_mode():
         _, records = encode(adapter, VisionReader(adapter, (), False), pixels)
     modality, record = next(iter(records.items()))
-    visual = torch.full((sum(record.lengths) // batch,), adapter.placeholders[MODALITIES[modality]])
+    placeholder = adapter.placeholders[MODALITIES[modality]]
+    assert placeholder is not None, "a family that takes pictures or clips has placeholders for them"
+    visual = torch.full((sum(record.lengths) // batch,), placeholder)
     highest = min(_CODES, model.get_input_embeddings().num_embeddings // 2)
     words = torch.randint(3, highest, (batch, text), generator=generator)
     begin = max(text // 2, 1)
     ids = torch.cat([words[:, :begin], visual.expand(batch, -1), words[:, begin:]], 1).to(weight.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     if kind in _QWEN:
-        code = torch.where(ids == adapter.placeholders[MODALITIES["image"]], 1, 0)
-        inputs["mm_token_type_ids"] = code
+        inputs["mm_token_type_ids"] = (ids == placeholder).long()
     return inputs
 
 

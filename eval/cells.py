@@ -13,7 +13,7 @@ from typing import Any
 
 from vtoken.budget import Keep
 from vtoken.eval.loading import ModelSpec, pin
-from vtoken.eval.provenance import foreign_code, versions
+from vtoken.eval.provenance import files_digest, foreign_code, versions
 from vtoken.eval.tasksource import TaskRef
 from vtoken.reducers.base import KeepReducer, Reducer
 
@@ -68,6 +68,7 @@ class Cell:
             },
             "reducer": plain(self.reducer.config()) if self.reducer else None,
             "reducer_code": foreign_code(self.reducer),
+            "reducer_files": files_digest(self.reducer),
             "task": self.task.config(),
             "limit": self.limit,
             "seed": self.seed,

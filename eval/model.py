@@ -168,12 +168,13 @@ class ReducedModel(lmms):
     def _recalls(
         self, inputs: Any, conversations: Sequence[Conversation], evidence: Sequence[Boxes | None]
     ) -> list[float | None]:
-        if not evidence or None in evidence:
+        known = [boxes for boxes in evidence if boxes is not None]
+        if not known or len(known) < len(evidence):
             return [None] * len(conversations)
         if self.reducer is None or self.reducer.is_identity:
-            return [1.0 if any(boxes or ()) else None for boxes in evidence]
+            return [1.0 if any(boxes) else None for boxes in known]
         shown = [[*media([talk], "image"), *media([talk], "video")] for talk in conversations]
-        return self._evidence.recalls(inputs, shown, evidence, vtoken.stats(self.model))
+        return self._evidence.recalls(inputs, shown, known, vtoken.stats(self.model))
 
     def _visual(self, input_ids: Any, beams: int) -> list[Visual]:
         whole = count_unpruned(input_ids, self.model.config)

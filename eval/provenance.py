@@ -62,6 +62,12 @@ def foreign_code(reducer: Reducer | None) -> str:
         return ""
 
 
+def files_digest(reducer: Reducer | None) -> str:
+    """Hash over the trained parts that a reducer reads, "" for none; a file that is not there has no content."""
+    contents = [path.read_bytes() if path.is_file() else b"" for path in reducer.files()] if reducer else []
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16] if contents else ""
+
+
 def prompts_digest(samples: Iterable[Mapping[str, Any]]) -> str:
     """Hash over everything that was asked: prompts, pixels and generation arguments, in order."""
     return hashlib.sha256("\n".join(sample["prompt"] for sample in samples).encode()).hexdigest()[:16]

@@ -107,7 +107,7 @@ class Sweep(BaseModel):
         return list(cells.values())
 
     def _tasks(self) -> list[tuple[TaskRef, int | None]]:
-        found = {}
+        found: dict[TaskRef, int | None] = {}
         for number, entry in enumerate(self.tasks):
             try:
                 found.update(dict.fromkeys(entry.resolve(), entry.limit or self.limit))

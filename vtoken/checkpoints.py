@@ -36,12 +36,17 @@ def load(source: str, what: str) -> Checkpoint:
     ValueError
         If there is no such file, or it is damaged.
     """
-    from vtoken.mini import learned, names
-
-    path = learned(source, what) if source in names() else Path(source)
+    path = path_of(source, what)
     if not path.is_file():
         raise ValueError(f"There is no {what} checkpoint {source!r}: make one with 'vtoken train-{what} --out {path}'.")
     return _read(path, path.stat().st_mtime_ns, what)
+
+
+def path_of(source: str, what: str) -> Path:
+    """The file that `load` reads."""
+    from vtoken.mini import learned, names
+
+    return learned(source, what) if source in names() else Path(source)
 
 
 @functools.lru_cache(maxsize=4)

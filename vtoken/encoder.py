@@ -134,7 +134,8 @@ def read_calls(what: str, calls: Sequence[tuple[Tensor, Tensor, float]], first: 
     for number, (query, _, scale) in enumerate(calls):
         alike.setdefault((query.shape[1:], scale), []).append(number)
     for (_, scale), numbers in alike.items():
-        query, key = (torch.cat([calls[n][part] for n in numbers]) for part in (0, 1))
+        query = torch.cat([calls[n][0] for n in numbers])
+        key = torch.cat([calls[n][1] for n in numbers])
         parts = STATISTICS[what](query, key, scale, first).split([len(calls[n][0]) for n in numbers])
         found.update(zip(numbers, parts, strict=True))
     return [found[number] for number in range(len(calls))]

@@ -140,14 +140,17 @@ class RaySweep:
             if value:
                 raise EvalError(f"A Ray worker {value}.")
             hand.ready, self.stillborn = True, 0
-        elif name == "loading":
+            return
+        cell = hand.cell
+        assert cell is not None, "all other events are about the cell that the worker was given"
+        if name == "loading":
             self.listener.loading(value)
         elif name == "started":
-            self.listener.started(hand.cell)
+            self.listener.started(cell)
         elif name == "answered":
-            self.listener.answered(hand.cell, value)
+            self.listener.answered(cell, value)
         elif name == "ended":
-            cell, hand.cell = hand.cell, None
+            hand.cell = None
             self._ended(cell, value)
 
     def _stream_ended(self, hand: Hand) -> None:
@@ -174,7 +177,7 @@ class RaySweep:
         if attempt.status is Status.BUSY:
             self.busy_until[cell.id] = time.monotonic() + POLL
             self.left.append(cell)
-        elif attempt.status is Status.FAILED and not attempt.wrong_input and self._again(cell):
+        elif attempt.failure is not None and not attempt.wrong_input and self._again(cell):
             self.listener.trouble(f"{cell.label} on {cell.task.name} is tried again: {attempt.failure['error']}")
         else:
             conclude(cell, attempt, self.outcome, self.listener)

@@ -49,6 +49,7 @@ def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
 def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
     """Pictures first, then the question; the frames of a clip are one video."""
     found = doc_to_visual(doc)
+    visual: list[dict[str, Any]]
     if doc["video"]:
         visual = [{"type": "video", "url": np.stack([np.asarray(frame) for frame in found])}]
     else:

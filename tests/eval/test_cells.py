@@ -113,3 +113,18 @@ def test_score_reducers_of_users_have_a_label():
             return ctx.features.norm(dim=-1)
 
     assert label(Norm(power=1.0)) == "norm (power=1.0)"
+
+
+def test_a_retrained_checkpoint_is_another_cell(make_cell, tmp_path):
+    path = tmp_path / "gate.safetensors"
+    path.write_bytes(b"one")
+    chained = {"reducer": "chain", "stages": ["random", {"reducer": "dyvte", "exit": "gate", "gate": str(path)}]}
+
+    def ids():
+        return [make_cell("dyvte", exit="gate", gate=str(path)).id, make_cell(chained).id]
+
+    first = ids()
+    assert ids() == first
+    path.write_bytes(b"two")
+    assert all(a != b for a, b in zip(first, ids(), strict=True))
+    assert make_cell("dyvte").config()["reducer_files"] == ""

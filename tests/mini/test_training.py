@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import numpy as np
@@ -15,24 +14,32 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vtoken.mini.loader import check
 from vtoken.mini.models import ARCHITECTURES
 from vtoken.mini.questions import KINDS
+from vtoken.mini.training.__main__ import main
 from vtoken.mini.training.answering import answer
-from vtoken.mini.training.batches import pack, train_rng
-from vtoken.mini.training.feed import ASKS, SCENE_ASKS, Feed, ask, encode, view_labels
+from vtoken.mini.training.batches import SCENE_ASKS, ask, pack, train_rng
+from vtoken.mini.training.feed import ASKS, Feed
 from vtoken.mini.training.labels import IGNORE
 from vtoken.mini.training.supervision import PLACE_FIELDS, Heads, Symbols
+from vtoken.mini.training.tower import encode, view_labels
 from vtoken.mini.videos import STEP
 from vtoken.mini.world import CELLS, sample_scene
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_all_phases_and_export(name, tmp_path):
-    command = [sys.executable, "-m", "vtoken.mini.training", name, "--out", str(tmp_path), "--steps", "1"]
-    done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_all_phases_and_export(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["training", name, "--out", str(tmp_path), "--steps", "1"])
+    main()
     check(tmp_path / "export")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "export")
     assert type(model) is type(ARCHITECTURES[name].build_model(0))
     AutoProcessor.from_pretrained(tmp_path / "export")
+
+
+def test_unknown_phase(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["training", "mini-internvl", "--out", str(tmp_path), "--phase", "align"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "unknown phase align: mini-internvl has decoder, tower, joint" in capsys.readouterr().err
 
 
 def alone(architecture, model, question, images, video):

@@ -8,8 +8,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from vtoken.mini.questions import KINDS, WORDS, relation
 from vtoken.mini.models import llava
+from vtoken.mini.questions import KINDS, WORDS, relation
 from vtoken.mini.training.labels import IGNORE, token_labels
 from vtoken.mini.world import (
     COLORS,

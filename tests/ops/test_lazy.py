@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vtoken import ops
-from vtoken.ops import lazy, triton_greedy
+from vtoken.ops import cosines, greedy, lazy, triton_greedy
 from vtoken.profile.memory import LiveBytes
 
 from . import naive
@@ -23,8 +23,11 @@ GREEDY = [name for name in SELECTIONS if name not in ("top_k", "coverage", "cove
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_small_pools_change_nothing(name, monkeypatch):
-    """Many pools, so that the tokens outside have to catch up many times."""
+    """Many pools, so that the tokens outside have to catch up many times; for `max_sum`, many fetches of columns."""
     monkeypatch.setattr(lazy, "POOL", 5)
+    monkeypatch.setattr(greedy, "SMALL", 0)
+    monkeypatch.setattr(greedy, "BLOCK", 4)
+    monkeypatch.setattr(cosines, "LEAST_CACHED", 20)
     batch = Batch(3, tokens=90, width=20)
     batch.k = torch.tensor([30, 11, 25]) if name != "dpp" else torch.tensor([9, 5, 8])
     select, expected = SELECTIONS[name]
@@ -50,7 +53,7 @@ def test_without_host_syncs_the_picks_are_the_same(name, monkeypatch):
     batch.k = torch.tensor([30, 11, 25]) if name != "dpp" else torch.tensor([9, 5, 8])
     select, _ = SELECTIONS[name]
     expected = select(batch)
-    monkeypatch.setattr(lazy, "POOL", 8)
+    monkeypatch.setattr(lazy, "POOL_ON_DEVICE", 8)
     monkeypatch.setattr(lazy, "on_host", lambda device: False)
     assert torch.equal(select(batch), expected)
 
@@ -73,9 +76,9 @@ def test_no_square_matrix_is_made(name):
 def test_few_similarities_are_computed(monkeypatch):
     """Most columns of the matrix are never needed."""
     asked = []
-    columns = ops.greedy.Cosines.columns
+    columns = greedy.Cosines.columns
     monkeypatch.setattr(
-        ops.greedy.Cosines, "columns", lambda self, index: asked.append(index.shape[1]) or columns(self, index)
+        greedy.Cosines, "columns", lambda self, index: asked.append(index.shape[1]) or columns(self, index)
     )
     x = torch.randn(1, 1500, 64, generator=torch.Generator().manual_seed(0))
     found = ops.k_center(x, 150)
@@ -143,7 +146,7 @@ def test_the_most_isolated_token_is_found_without_the_matrix(seed):
     centres = torch.randn(20, 12, generator=generator)
     x = centres[torch.randint(20, (2, 900), generator=generator)] + 0.3 * torch.randn(2, 900, 12, generator=generator)
     valid = torch.rand(2, 900, generator=generator) < torch.tensor([[0.8], [1.1]])
-    for row, found in enumerate(ops.greedy.most_isolated(ops.greedy.Cosines(x, valid), valid)):
+    for row, found in enumerate(greedy.most_isolated(greedy.Cosines(x, valid), valid)):
         cos = naive.cosines(x[row]).fill_diagonal_(-1).masked_fill(~valid[row], -1)
         nearest = cos.amax(1).masked_fill(~valid[row], 2.0)
         assert int(found) == int(nearest.argmin())

@@ -80,7 +80,7 @@ def _read(name: str, names: Iterable[str], searched: Path) -> list[Run]:
     """The runs behind an argument."""
     from vtoken.eval.runs import find_cell, read_runs
 
-    folders = [Path(other) for other in (*names, searched) if Path(other).is_dir()]
+    folders = [folder for folder in (*map(Path, names), searched) if folder.is_dir()]
     place = Path(name) if Path(name).is_dir() else find_cell(name, folders)
     return read_runs(place or Path(name))
 

@@ -104,9 +104,9 @@ def _measure(
     for count in counts:
         inputs = synthetic_inputs(model, batch, count)
         found = profile(model, reducer, inputs, new_tokens=new_tokens, rounds=rounds, attention=attn)
-        prefill = [side.milliseconds["prefill"].median for side in (found.unpruned, found.reduced)]
+        before, after = found.unpruned.milliseconds["prefill"].median, found.reduced.milliseconds["prefill"].median
         selection = found.reduced.milliseconds["selection"].median
-        points.append(Point(round(found.unpruned.tokens), *prefill, selection))
+        points.append(Point(round(found.unpruned.tokens), before, after, selection))
     weight = next(model.parameters())
     several = len({point.tokens for point in points}) > 1
     return {

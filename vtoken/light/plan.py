@@ -82,7 +82,8 @@ class BandPlan:
         past = seen.shape[2] - here.shape[1]
         places = index + past
         visual = pad(here, (past, 0))
-        close = neighbours(*(gather(cell, index) for cell in cells), window) & valid[:, None] & valid[..., None]
+        view, row, column = (gather(cell, index) for cell in cells)
+        close = neighbours(view, row, column, window) & valid[:, None] & valid[..., None]
         close &= seen.gather(2, places[:, None].expand(-1, n, -1))
         queries, keys = bands(close)
         blocks, size = queries.shape

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vtoken.mini.pages import sample_page
 from vtoken.mini.questions import KINDS, Question
 from vtoken.mini.videos import FRAMES, VIDEO_KINDS, sample_video
-from vtoken.mini.world import COLORS, SHAPES, Item, Scene, Split, render, sample_page, sample_scene
+from vtoken.mini.world import COLORS, SHAPES, Item, Scene, Split, render, sample_scene
 
 VERSION = 1  # of the documents: any change of pixels, scenes or questions must raise it
 
@@ -67,8 +68,9 @@ def how_many_pictures(scenes: list[Scene], rng: np.random.Generator) -> Question
     return Question("multi", f"how many pictures show a {shape} ?", str(count), boxes, pictures)
 
 
-SCENE_KINDS = {**KINDS, "describe": describe}
-PAGE_KINDS = {"word": read_word, "number": read_number}
+Ask = Callable[[Scene, np.random.Generator], Question | None]
+SCENE_KINDS: dict[str, Ask] = {**KINDS, "describe": describe}
+PAGE_KINDS: dict[str, Ask] = {"word": read_word, "number": read_number}
 PAIR_KINDS = {"which": which_picture, "how many": how_many_pictures}
 TASKS: dict[str, tuple[str, ...]] = {
     "exist": ("existence",),
@@ -128,7 +130,6 @@ def ask(task: str, kind: str, scenes: list[Scene], rng: np.random.Generator) -> 
         return VIDEO_KINDS[kind](scenes, rng)
     if task == "multi":
         return PAIR_KINDS[kind](scenes, rng)
-    kinds: dict[str, Callable[[Scene, np.random.Generator], Question | None]]
     kinds = PAGE_KINDS if task == "read" else SCENE_KINDS
     return kinds[kind](scenes[0], rng)
 

@@ -29,7 +29,7 @@ def sample_video(rng: np.random.Generator) -> list[Scene]:
     pairs = [(c, s) for c in COLORS for s in SHAPES]
     number = int(rng.integers(2, 4))
     where, what = rng.choice(len(cells), number, replace=False), rng.choice(len(pairs), number, replace=False)
-    things = [_still(cells[w], *pairs[p], rng) for w, p in zip(where, what, strict=True)]
+    things = [_still(cells[w], *pairs[int(p)], rng) for w, p in zip(where, what, strict=True)]
     starts = rng.choice(FRAMES // STEP, number, replace=False) * STEP
     starts[starts.argmin()] = 0
     return [

@@ -43,18 +43,21 @@ class Cosines:
 
     def units(self, index: Tensor) -> Tensor:
         """(B, P, D) unit vectors of the tokens ``index`` (B, P)."""
-        rows = self.values.gather(1, index[..., None].expand(-1, -1, self.values.shape[2]))
+        rows = self.values[torch.arange(len(index), device=index.device)[:, None], index]
         return rows.mul_(self.inverse.gather(1, index)[..., None])
 
     def columns(self, index: Tensor) -> Tensor:
         """(B, P, N) cosines of the tokens ``index`` (B, P) and all tokens."""
-        return (self.units(index) @ self.values.mT).mul_(self.inverse[:, None])
+        return (self.values @ self.units(index).mT).mul_(self.inverse[..., None]).mT  # this way round is fast when thin
 
-    def between(self, row: int, some: Tensor, others: Tensor) -> Tensor:
-        """(S, O) cosines of the tokens ``some`` (S,), in order and each once, and ``others`` (O,) of one row."""
-        values, inverse = self.values[row], self.inverse[row]
-        left = values if len(some) == len(values) else values[some]
-        return (left @ (values[others] * inverse[others, None]).T).mul_(inverse[some, None])
+    def rows(self, row: int, some: Tensor) -> Tensor:
+        """(S, D) features of the tokens ``some`` (S,), in order and each once, of one row; no copy if it is all."""
+        return self.values[row] if len(some) == self.values.shape[1] else self.values[row, some]
+
+    def between(self, row: int, rows: Tensor, some: Tensor, others: Tensor) -> Tensor:
+        """(S, O) cosines of the tokens ``some`` (S,), whose features are ``rows``, and the few ``others`` (O,)."""
+        inverse = self.inverse[row]
+        return (rows @ (self.values[row, others] * inverse[others, None]).T).mul_(inverse[some, None])
 
     def among(self, index: Tensor) -> Tensor:
         """(B, P, P) cosines of the tokens ``index`` (B, P)."""

@@ -17,6 +17,10 @@ from vtoken.ops.lazy import Rival, best_of, lazy_greedy, on_host
 
 CHUNK = 512  # rows of similarities held at a time
 BLOCK = 32  # columns that are fetched at a time
+PART = 256  # tokens that those in the race for the most isolated one meet at a time
+FINAL = 16  # of them, whose nearest neighbours are found at once
+SHARPENED = 2  # parts after which that is done, for a limit that the others must not exceed
+SMALL = 512  # tokens up to which all similarities are cheaper than to look for those that are needed
 ROUNDING = 1e-5  # by which cosines from products of other shapes may differ
 
 
@@ -146,7 +150,7 @@ def max_sum(features: Tensor, k: int | Tensor, start: Tensor | None = None, vali
     first = _only(_start(start, valid), valid)
 
     count, cosines = counts(k, valid), Cosines(features, valid)
-    if first.device.type != "cpu":  # columns on demand would mean a host sync per pick: all similarities at once
+    if first.shape[1] <= SMALL or not on_host(first.device):  # columns on demand would mean a host sync per pick
         return _pick(cosines, count, valid, first, add=True)
     picked = count.new_full((len(count), int(count.max())), -1)
     columns, total = CachedColumns(cosines, picked.shape[1], BLOCK), torch.zeros_like(first)
@@ -197,18 +201,26 @@ def _most_isolated(cosines: Cosines, row: int, tokens: Tensor) -> Tensor:
     """Tokens meet the others part by part and leave the race once they are nearer to one than the best is to any."""
     if not len(tokens):
         return tokens.new_zeros(())
+    every = cosines.rows(row, tokens)
 
-    def nearest(some: Tensor, others: Tensor) -> Tensor:
-        return cosines.between(row, some, others).masked_fill_(some[:, None] == others, -1.0).amax(1)
+    def similarity(rows: Tensor, some: Tensor, others: Tensor) -> Tensor:
+        return cosines.between(row, rows, some, others).masked_fill_(some[:, None] == others, -1.0)
 
+    racing, rows = tokens, every
+    found, limit = torch.full(tokens.shape, -1.0, device=tokens.device), 1.0
     order = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)]
-    racing, found, limit = tokens, torch.full(tokens.shape, -1.0, device=tokens.device), None
-    for others in order.split(CHUNK // 2):  # in random order: neighbours are alike and would tell little
-        found = torch.maximum(found, nearest(racing, others))
-        if limit is None:
-            few = racing[found.topk(min(BLOCK, len(racing)), largest=False).indices.sort().values]
-            limit = nearest(few, tokens).amin() + ROUNDING
-        racing, found = racing[found <= limit], found[found <= limit]
+    for turn, others in enumerate(order.split(PART)):  # in random order: neighbours are alike and would tell little
+        if len(racing) <= FINAL:
+            break
+        found = torch.maximum(found, similarity(rows, racing, others).amax(1))
+        if turn < SHARPENED:
+            few = racing[found.topk(min(FINAL, len(racing)), largest=False).indices]
+            limit = min(limit, float(similarity(every, tokens, few).amax(0).amin()) + ROUNDING)
+        ahead = found <= limit
+        if 2 * int(ahead.sum()) <= len(ahead):  # copying the rows of fewer tokens costs more than it saves
+            racing, rows, found = racing[ahead], rows[ahead], found[ahead]
+    if len(racing) <= FINAL:
+        found = similarity(every, tokens, racing).amax(0)
     return racing[found.argmin()]
 
 

@@ -15,8 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-POOL = 256
-"""Tokens in a pool: large enough to serve many picks, small enough that its own similarities cost little."""
+POOL = 176
+"""Tokens in a pool: large enough to serve many picks, small enough that its own similarities cost little, and that
+PyTorch does not spread an operation on them (fewer than 32768 numbers) over threads that wait for each other."""
+POOL_ON_DEVICE = 256
+"""The same on an accelerator, where every pool costs a host sync."""
 
 
 class Rival(NamedTuple):
@@ -70,7 +73,7 @@ def lazy_greedy(
     parallel : int
         Picks a step; they do not see each other.
     width : int
-        Tokens in a pool; by default `POOL`, or all of them if there are not many more.
+        Tokens in a pool; by default `POOL` or `POOL_ON_DEVICE`, or all of them if there are not many more.
 
     Returns
     -------
@@ -78,7 +81,7 @@ def lazy_greedy(
         ``picked``.
     """
     tokens, longest = free.shape[1], picked.shape[1]
-    least = max(POOL, parallel)
+    least = max(POOL if on_host(free.device) else POOL_ON_DEVICE, parallel)
     width = width or (tokens if tokens <= 2 * least else least)
     while done < longest:
         scores = bounds.scores().masked_fill(~free, float("-inf"))

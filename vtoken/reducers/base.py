@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -95,6 +96,10 @@ class Reducer:
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         """Statistics of the vision tower that the reducer wants in ``ctx.encoder``."""
+        return ()
+
+    def files(self) -> tuple[Path, ...]:
+        """Files whose content decides what the reducer does."""
         return ()
 
     @property

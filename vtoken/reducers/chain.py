@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ class Chain(Reducer):
         object.__setattr__(self, name, value)
 
     def _check_order(self) -> None:
-        inside, last = None, None
+        inside: Reducer | None = None
+        last: KeepReducer | None = None
         for number, stage in enumerate(self.reducers):
             if "in_tower" in stage.stages and number:
                 raise ValueError(
@@ -84,8 +86,12 @@ class Chain(Reducer):
                     f"acts inside it: put {stage.name!r} first."
                 )
             if isinstance(stage, KeepReducer):
-                alike = last is not None and type(stage.keep) is type(last.keep)
-                if alike and stage.keep >= last.keep and not self._counts_patches(last):
+                if (
+                    last is not None
+                    and type(stage.keep) is type(last.keep)
+                    and stage.keep >= last.keep
+                    and not self._counts_patches(last)
+                ):
                     raise ValueError(
                         f"Chain: {stage.name!r} with keep={stage.keep} does nothing after {last.name!r} with "
                         f"keep={last.keep}: keep counts an image's original tokens, so give a smaller one."
@@ -117,6 +123,9 @@ class Chain(Reducer):
     @property
     def resampler(self) -> Reducer | None:
         return next((stage.resampler for stage in self._active if stage.resampler is not None), None)
+
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(path for stage in self.reducers for path in stage.files()))
 
     def encoder_reads(self) -> tuple[EncoderRead, ...]:
         return tuple(dict.fromkeys(read for stage in self._active for read in stage.encoder_reads()))

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vtoken.checkpoints import path_of
 from vtoken.context import Cut, VisualContext
 from vtoken.reducers.base import Reducer
 from vtoken.reducers.checks import check_choice, check_count, check_number, check_place, layer_at, places
@@ -90,6 +92,9 @@ class DyVTE(Reducer):
             return tuple(range(first, depth))
         after = {min(layer_at(place, depth), depth - 2) + 1 for place in self.checks}
         return tuple(sorted(layer for layer in after if layer >= first and layer > 0))
+
+    def files(self) -> tuple[Path, ...]:
+        return (path_of(self.gate, "gate"),) if self.gate else ()
 
     def layers(self, depth: int) -> tuple[int, ...]:
         exits = self._exits(depth)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -47,6 +48,9 @@ class Explain(LayerReducer):
     uses_text = True
 
     checkpoint: str | None = None
+
+    def files(self) -> tuple[Path, ...]:
+        return (checkpoints.path_of(self.checkpoint, "scorer"),) if self.checkpoint else ()
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return (0,)

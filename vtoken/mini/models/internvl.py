@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     GotOcr2ImageProcessor,
@@ -35,7 +37,7 @@ CONTEXT, START, END, VIDEO = "<IMG_CONTEXT>", "<img>", "</img>", "<video>"
 
 def build_processor() -> InternVLProcessor:
     """Tokenizer and image processor."""
-    common = {
+    common: dict[str, Any] = {
         "size": {"height": TILE, "width": TILE},
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.25, 0.25, 0.25],

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     Qwen2_5_VLConfig,
@@ -27,7 +29,7 @@ LIMITS = {"shortest_edge": 4 * PATCH**2, "longest_edge": 256 * PATCH**2}  # pixe
 
 def build_processor() -> Qwen2_5_VLProcessor:
     """Tokenizer, image and video processor."""
-    common = {
+    common: dict[str, Any] = {
         "size": LIMITS,
         "patch_size": PATCH // 2,
         "temporal_patch_size": STEP,

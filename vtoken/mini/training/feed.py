@@ -3,25 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from vtoken.mini.documents import PAIR_KINDS, describe, read_number, read_word, sample_pictures, sample_size
-from vtoken.mini.model import WIDTH
 from vtoken.mini.models.base import Architecture, Places, several
+from vtoken.mini.pages import sample_page
 from vtoken.mini.questions import KINDS
 from vtoken.mini.training.answering import Prompt
 from vtoken.mini.training.batches import SCENE_ASKS, Ask, Batch, Pack, ask, label_batch, pack
-from vtoken.mini.training.labels import IGNORE, LOOK, PICTURE_LABELS
 from vtoken.mini.videos import CELLS as SIDE
 from vtoken.mini.videos import FRAMES, STEP, VIDEO_KINDS
-from vtoken.mini.world import CELL, COLORS, LETTERS, SHAPES, Scene, sample_page, sample_scene
+from vtoken.mini.world import CELL, Scene, sample_scene
 
 VIDEO_CELLS = (SIDE, SIDE)
 COLUMNS = 3600  # of visual tokens and text in a batch
@@ -107,9 +104,9 @@ class Feed:
         asked = [ask(scenes, number, asks, self.rng) for scenes in shown.batch.scenes]
         return pack(asked, shown.batch.places, STEP if shown.task == "video" else 1)
 
-    def pixels(self, shown: Shown, painted: list[list[np.ndarray]] | None = None) -> dict[str, torch.Tensor]:
+    def pixels(self, shown: Shown) -> dict[str, torch.Tensor]:
         """The model's inputs for the painted pictures, by its own processor."""
-        painted = shown.batch.paint(self.rng) if painted is None else painted
+        painted = shown.batch.paint(self.rng)
         if shown.task == "video":
             videos = [torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) for frames in painted]
             found = self.processor.video_processor(videos=videos, return_tensors="pt", do_sample_frames=False)
@@ -136,76 +133,3 @@ class Feed:
         else:
             positions = torch.arange(ids.shape[1])[None]
         return Prompt(ids[0], slots, positions, int(positions[:, -1].max()) + 1)
-
-
-def encode(model: Any, pixels: dict[str, torch.Tensor], size: int) -> torch.Tensor:
-    """(B, N, WIDTH) visual tokens, as they enter the language model."""
-    encoder = model.model.get_video_features if "pixel_values_videos" in pixels else model.model.get_image_features
-    found: Sequence[torch.Tensor] = encoder(**pixels, return_dict=True).pooler_output
-    return torch.cat([part.reshape(-1, WIDTH) for part in found]).view(size, -1, WIDTH)
-
-
-def surroundings(painted: list[list[np.ndarray]], places: Places, step: int = 1) -> torch.Tensor:
-    """(B, N, 3 * LOOK**2) what each visual token would see of itself and of its neighbours, about its mean colour.
-
-    ``step`` painted frames make one picture of ``places``, which is the last of them.
-    """
-    boxes = torch.from_numpy(places.boxes).float()
-    share = (torch.arange(LOOK) + 0.5) / LOOK * 3 - 1  # of the token's side: from one side before it to one behind it
-    x0, y0, x1, y1 = boxes[..., None].unbind(1)
-    columns, rows = x0 + (x1 - x0) * share, y0 + (y1 - y0) * share
-    out = torch.zeros(len(painted), len(boxes), 3 * LOOK**2)
-    for picture in range(int(places.picture.max()) + 1):
-        here = torch.from_numpy(np.flatnonzero(places.picture == picture))
-        pixels = np.stack([document[picture * step + step - 1] for document in painted])
-        shown = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 64
-        size = torch.tensor([pixels.shape[2], pixels.shape[1]])
-        grid = torch.stack(
-            [
-                columns[here][:, None].expand(-1, LOOK, -1) / size[0] * 2 - 1,
-                rows[here][:, :, None].expand(-1, -1, LOOK) / size[1] * 2 - 1,
-            ],
-            -1,
-        )
-        found = F.grid_sample(
-            shown, grid.flatten(0, 1).expand(len(painted), -1, -1, -1), padding_mode="border", align_corners=False
-        )
-        found = found.unflatten(2, (len(here), LOOK)).permute(0, 2, 1, 3, 4)
-        out[:, here] = (found - found.mean((3, 4), keepdim=True)).flatten(2)
-    return out
-
-
-class ClsStates:
-    """Records [CLS] of the last two layers of a tower."""
-
-    def __init__(self, layers: nn.ModuleList) -> None:
-        self.states: list[torch.Tensor] = []
-        for layer in layers[-2:]:
-            layer.register_forward_hook(self._record)
-
-    def _record(self, module: nn.Module, args: Any, out: Any) -> None:
-        self.states.append((out[0] if isinstance(out, tuple) else out)[:, 0])
-
-    def take(self) -> list[torch.Tensor]:
-        """What was recorded since the last call."""
-        states, self.states = self.states, []
-        return states
-
-
-def view_labels(batch: Batch) -> torch.Tensor:
-    """(B * views, PICTURE_LABELS) what each crop, tile or picture shows, in the order of the tower."""
-    pair = batch.labels["color"] * len(SHAPES) + batch.labels["shape"]
-    digit = batch.labels["digit"] + len(COLORS) * len(SHAPES)
-    letter = batch.labels["letter"] + len(COLORS) * len(SHAPES) + 10
-    shown = [
-        (pair, batch.labels["shape"] != IGNORE),
-        (digit, batch.labels["digit"] != IGNORE),
-        (letter, (batch.labels["letter"] != IGNORE) & (batch.labels["letter"] < len(LETTERS))),
-    ]
-    views = torch.from_numpy(batch.places.view)
-    count = int(views.max()) + 1
-    out = torch.zeros(len(batch.scenes), count, PICTURE_LABELS)
-    for label, known in shown:
-        document, token = known.nonzero().unbind(1)
-        out[document, views[token], label[document, token]] = 1
-    return out.flatten(0, 1)

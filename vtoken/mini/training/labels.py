@@ -11,7 +11,6 @@ from vtoken.mini.models.base import Places
 from vtoken.mini.world import CHARACTERS, COLORS, LETTERS, MAX_LETTERS, MOTIONS, PATCH, SHAPES, Item, Scene
 
 IGNORE = -100
-LOOK = 8  # pixels a side in which a visual token's surroundings are shown
 POSITIONS = 18  # rows or columns of tokens, at most
 FIELDS = {
     "kind": 5,  # background, shape, digit, letter, figure

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from vtoken.mini.models.base import Architecture
-from vtoken.mini.training.feed import ClsStates
 from vtoken.mini.training.labels import IGNORE
 from vtoken.mini.training.loop import Meter
 from vtoken.mini.training.supervision import PLACE_FIELDS, Heads, Symbols
+from vtoken.mini.training.tower import ClsStates
 
 log = logging.getLogger("vtoken.mini")
 

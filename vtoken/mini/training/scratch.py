@@ -21,9 +21,10 @@ from vtoken.mini.questions import KINDS
 from vtoken.mini.training.answering import answer
 from vtoken.mini.training.batches import SCENE_ASKS, Pack, ask, pack, train_rng
 from vtoken.mini.training.export import export
-from vtoken.mini.training.feed import HARD_KINDS, Feed, Shown, encode, view_labels
+from vtoken.mini.training.feed import HARD_KINDS, Feed, Shown
 from vtoken.mini.training.loop import Meter, Trainer, steps
 from vtoken.mini.training.run import REPORT, SAVE, Run, log, match_loss
+from vtoken.mini.training.tower import encode, view_labels
 from vtoken.mini.world import CELLS, GRID, sample_scene
 
 BATCH, QUESTIONS = 16, 10  # scenes a step, questions a scene
@@ -87,6 +88,7 @@ class Scratch(Run):
         """Phase 3."""
         self.load("decoder")
         feed, states = Feed(self.architecture, self.model, train_rng(2)), self.cls_states()
+        assert states is not None, "the tower of mini-llava has a [CLS]"
         tower = self.model.model.vision_tower
         trainer = Trainer([([*tower.parameters(), *self.heads.parameters()], 1.5e-3)], limit)
         for step in steps(limit, minutes):
@@ -120,6 +122,7 @@ class Scratch(Run):
         """Phase 5."""
         self.load("align")
         feed, meter, states = Feed(self.architecture, self.model, train_rng(4)), Meter(), self.cls_states()
+        assert states is not None, "the tower of mini-llava has a [CLS]"
         low = [*self.tower_parameters(True), *self.heads.parameters()]
         trainer = Trainer([(self.tower_parameters(False), 6e-4), (low, 2e-4)], limit)
         features: list[torch.Tensor] = []

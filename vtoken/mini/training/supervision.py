@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vtoken.mini.model import WIDTH
 from vtoken.mini.models.base import VOCAB
 from vtoken.mini.training.batches import Pack
-from vtoken.mini.training.labels import FIELDS, IGNORE, LOOK, PICTURE_LABELS
+from vtoken.mini.training.labels import FIELDS, IGNORE, PICTURE_LABELS
 from vtoken.mini.world import CHARACTERS, COLORS, MOTIONS, SHAPES
 
 FIELD_WEIGHTS = {"row": 0.2, "column": 0.2, "letter": 3.0, "digit": 3.0, "shape": 3.0, "index": 3.0, "center": 3.0}
@@ -92,7 +92,6 @@ class Heads(nn.Module):
         seen = {name: size for name, size in FIELDS.items() if name not in unseen}
         self.patch = nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in seen.items()})
         self.picture = nn.ModuleList([nn.Linear(tower_width, PICTURE_LABELS) for _ in range(2)])
-        self.look = nn.Linear(WIDTH, 3 * LOOK**2)
         self.noun = nn.ModuleDict({name: nn.Linear(WIDTH, FIELDS[name]) for name in NOUN_FIELDS})
         self.place = nn.ModuleDict({name: nn.Linear(WIDTH, FIELDS[name]) for name in PLACE_FIELDS})
 

@@ -22,15 +22,14 @@ from vtoken.mini.models.base import VOCAB, Architecture
 from vtoken.mini.training.answering import answer
 from vtoken.mini.training.batches import train_rng
 from vtoken.mini.training.export import export
-from vtoken.mini.training.feed import Feed, Shown, encode, surroundings, view_labels
+from vtoken.mini.training.feed import Feed, Shown
 from vtoken.mini.training.labels import FIELDS, IGNORE
 from vtoken.mini.training.loop import Meter, Trainer, steps
 from vtoken.mini.training.run import REPORT, SAVE, Run, log, match_loss
 from vtoken.mini.training.supervision import Symbols
-from vtoken.mini.videos import STEP
+from vtoken.mini.training.tower import encode, view_labels
 from vtoken.mini.world import CELLS, GRID, LETTERS, sample_scene
 
-LOOKING = 0.4  # of the tower's steps, in which it also tells what surrounds each token
 SHOWN = 0.5  # of the visual tokens of a symbolic document; what is left out is background
 FITTED = 12  # batches from which the label embeddings start
 CROWDED = 0.85  # of the tower's pictures
@@ -142,22 +141,18 @@ class Transfer(Run):
         for step in steps(limit, minutes):
             shown = feed.draw(SEEN | {"video": self.architecture.tasks.get("video", 0.0)}, feed.rng.random() < CROWDED)
             labels = shown.batch.labels
-            painted = shown.batch.paint(feed.rng)
-            visual = encode(self.model, feed.pixels(shown, painted), len(shown.batch.scenes))
+            visual = encode(self.model, feed.pixels(shown), len(shown.batch.scenes))
             dense = self.heads.dense_loss(visual, labels)
-            around = surroundings(painted, shown.batch.places, STEP if shown.task == "video" else 1)
-            look = (self.heads.look(visual) - around).square().mean() / around.var()
             match = match_loss(visual, self._symbolic(shown).detach(), labels["kind"])
-            early = max(0.0, 1 - step / (LOOKING * limit))
-            loss = dense + 5 * (1 - early) * match + 10 * early * look
+            loss = dense + 5 * match
             if cls is not None:
                 loss = loss + 2 * self.heads.picture_loss(cls.take(), view_labels(shown.batch))
             trainer.step(step, loss)
-            losses.append((dense.item(), match.item(), look.item()))
+            losses.append((dense.item(), match.item()))
             if step % REPORT == REPORT - 1:
                 means = np.mean(losses, 0)
                 accuracy = self.heads.accuracy(visual, labels)
-                log.info("tower %d dense %.2f match %.3f look %.3f | %s", step + 1, *means, accuracy)
+                log.info("tower %d dense %.2f match %.3f | %s", step + 1, *means, accuracy)
                 losses.clear()
             if step % SAVE == SAVE - 1:
                 self.save("tower")
