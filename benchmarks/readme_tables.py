@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of README.md from committed results and from the registry.
+"""Write the tables of README.md and docs/findings.md from committed results and from the registry.
 
 What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated:
 
 - ``reducers``: from the registry;
 - ``families``: the adapters, and ``benchmarks/results/families.json``, what the tests show about each family
   (``pytest tests/session tests/adapters --families-report benchmarks/results/families.json``);
-- ``mini``: ``benchmarks/results/mini_llava.json``, what the embedded model can do;
+- ``mini_llava``, ``mini_llava_next``: what an embedded model can do (``benchmarks/mini_llava.py``, ``mini_models.py``);
 - ``NAME``: ``benchmarks/results/NAME.json``, a ``results.json`` of ``vtoken compare``;
 - ``NAME/kinds``, ``NAME/note``: the same file, accuracy by kind of question, and how it was made;
 - ``NAME/ranking``: the same file, the reducers at each keep ratio from best to worst, and which lose to chance.
 
-    python benchmarks/readme_tables.py            rewrite README.md
-    python benchmarks/readme_tables.py --check    exit with 1 if it is stale
+    python benchmarks/readme_tables.py            rewrite the files
+    python benchmarks/readme_tables.py --check    exit with 1 if one is stale
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w./-]+) -->\n?).*?(<!-- /table -->)", re.S)
+FILES = ("README.md", "docs/findings.md")
 NO_TEST = "\N{EN DASH}"
 LEGEND = (
     f"✓ tests pass, {NO_TEST} no test, refused: a test finds the sentence that refuses it. Tiny models with random "
@@ -93,12 +94,15 @@ def _first_line(adapter: type) -> str:
     return text.strip().splitlines()[0]
 
 
-def mini(results: Path) -> str:
-    """Accuracy of the embedded model under each condition, in percent."""
-    conditions = json.loads((results / "mini_llava.json").read_text())["conditions"]
+def mini(conditions: dict[str, dict]) -> str:
+    """Accuracy of an embedded model under each condition, in percent."""
     names = list(next(iter(conditions.values()))["by_kind"])
     rows = [
-        [name, f"**{100 * found['accuracy']:.1f}**", *(f"{100 * found['by_kind'][kind]:.0f}" for kind in names)]
+        [
+            name,
+            f"**{100 * found.get('accuracy', found.get('mean')):.1f}**",
+            *(f"{100 * found['by_kind'][kind]:.0f}" for kind in names),
+        ]
         for name, found in conditions.items()
     ]
     return markdown(["", "all", *names], rows)
@@ -160,14 +164,14 @@ def table(name: str, results: Path) -> str:
     if name == "reducers":
         return catalogue()
     file, _, part = name.partition("/")
-    path = results / ("mini_llava.json" if name == "mini" else f"{file}.json")
+    path = results / f"{file}.json"
     if part not in ("", "kinds", "note", "ranking") or not path.is_file():
-        raise SystemExit(f"README.md asks for table:{name}, but there is no {path} for it.")
-    if name == "mini":
-        return mini(results)
-    if name == "families":
-        return families(json.loads(path.read_text()))
+        raise SystemExit(f"A file asks for table:{name}, but there is no {path} for it.")
     data = json.loads(path.read_text())
+    if name == "families":
+        return families(data)
+    if "conditions" in data:
+        return mini(data["conditions"])
     if part == "note":
         return note(data)
     rows = corrected([row_from(row) for row in data["rows"]])
@@ -175,9 +179,9 @@ def table(name: str, results: Path) -> str:
 
 
 def fill(text: str, results: Path) -> str:
-    """README with every block rewritten."""
+    """A file's text with every block rewritten."""
     if text.count("<!-- table:") != len(BLOCK.findall(text)):
-        raise SystemExit("README.md has a table that is not closed by <!-- /table -->.")
+        raise SystemExit("A table is not closed by <!-- /table -->.")
     return BLOCK.sub(lambda block: block[1] + table(block["name"], results) + block[3], text)
 
 
@@ -186,15 +190,16 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if README.md is stale")
     check = parser.parse_args(arguments).check
-    readme = root / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = fill(old, root / "benchmarks" / "results")
-    if check and new != old:
-        sys.stderr.write("README.md is stale: run python benchmarks/readme_tables.py.\n")
-        return 1
-    if not check:
-        readme.write_text(new, encoding="utf-8")
-    return 0
+    stale = []
+    for path in (root / name for name in FILES if (root / name).is_file()):
+        old = path.read_text(encoding="utf-8")
+        if (new := fill(old, root / "benchmarks" / "results")) != old:
+            stale.append(path.name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    if check and stale:
+        sys.stderr.write(f"{' and '.join(stale)} stale: run python benchmarks/readme_tables.py.\n")
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,6 @@ class Row:
     visual_tokens: float | None = None
     visual_kept: float | None = None
     visual_per_layer: float | None = None
-    evidence_recall: float | None = None
     kinds: dict[str, float] | None = None
     prefill_ms: float | None = None
     speedup: float | None = None
@@ -66,6 +65,7 @@ class Row:
     versus_random: Paired | None = None
     versus_reference: Paired | None = None
     reference: str = ""
+    evidence_recall: float | None = None
 
 
 def summarize(cells: Sequence[Cell], store: Store) -> list[Row]:

@@ -43,7 +43,7 @@ def test_ends_in_a_table_and_writes_files(compare, tmp_path):
         assert text in done.stdout
     assert "2/3 random keep 0.25 on mini" in done.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"cells", "report.html", "results.json", "results.csv"}
+    assert names == {"cells", "locks", "report.html", "results.json", "results.csv"}
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [row["reducer"] for row in rows] == ["unpruned", "random", "fopru (row)"]
     assert all(len(row["kinds"]) == 8 and row["prefill_ms"] > 0 for row in rows)

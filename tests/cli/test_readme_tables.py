@@ -42,6 +42,8 @@ def project(tmp_path):
             retained=0.889,
             visual_kept=36.0,
             visual_per_layer=30.0,
+            versus_random=Paired(Estimate(-0.2, -0.3, -0.1), 0.001, 40, 8),
+            evidence_recall=0.5,
             speedup=1.8,
         ),
     ]
@@ -57,10 +59,12 @@ def project(tmp_path):
     }
     versions = {"python": "3.11", "torch": "2.15", "transformers": "5.23"}
     (results / "families.json").write_text(json.dumps({"versions": versions, "families": counts}))
-    names = ("compare", "compare/kinds", "reducers", "families", "mini")
+    names = ("compare", "compare/kinds", "compare/ranking", "reducers", "families", "mini_llava")
     blocks = "".join(f"<!-- table:{name} -->\nold\n<!-- /table -->\n" for name in names)
     blocks += "(<!-- table:compare/note -->old<!-- /table -->)\n"
     (tmp_path / "README.md").write_text("# Title\n" + blocks + "The end.\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "findings.md").write_text("<!-- table:compare/note -->old<!-- /table -->\n")
     return tmp_path
 
 
@@ -70,8 +74,10 @@ def test_writes_all_tables_and_nothing_else(script, project):
     assert text.startswith("# Title\n")
     assert text.endswith("The end.\n")
     assert "old" not in text
-    assert r"| fopru \| row | 0.25 | 80.0 [75.0, 85.0] | -10.0* | <0.001 | 88.9 % |  | 36.0 (30.0) |" in text
+    assert r"| fopru \| row | 0.25 | 80.0 [75.0, 85.0] | -10.0* | <0.001 | 88.9 % | -20.0* | 36.0 (30.0) |" in text
     assert "| unpruned |  | 90 | 80 |" in text
+    assert "| 1 | fopru \\| row | 80.0 | -20.0* | **worse than chance** | 50 % | 30.0 |" in text
+    assert "old" not in (project / "docs" / "findings.md").read_text()
     assert "| blind | **30.0** | 20 | 10 |" in text
     assert "| `llava`, `vipllava` |" in text
     assert "| family | beams | clips | PEFT |" in text
@@ -107,6 +113,6 @@ def test_impossible_tables(script, project, text, sentence):
 
 def test_the_readme_of_this_project_is_fresh(script):
     results = script.ROOT / "benchmarks" / "results"
-    if not all((results / f"{name}.json").is_file() for name in ("compare", "mini_llava", "families")):
+    if not all((results / f"{name}.json").is_file() for name in ("compare", "all", "mini_llava", "mini_llava_next", "families")):
         pytest.skip("nothing measured yet")
     assert script.main(["--check"]) == 0

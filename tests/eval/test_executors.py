@@ -112,9 +112,9 @@ def test_data_parallel_gives_the_result_of_one_process(cells, expected, tmp_path
 
     here, answer = [], ReducedModel.answer
 
-    def counted(model, conversations, arguments):
+    def counted(model, conversations, *rest):
         here.append(len(conversations))
-        return answer(model, conversations, arguments)
+        return answer(model, conversations, *rest)
 
     class Killer(Log):
         """Kills the second process in the last cell."""

@@ -64,7 +64,7 @@ def test_answers_without_their_reasoning_are_scored(model, private_cache, tmp_pa
     answer = task.eval_docs[0]["answer"]
     counts = {"input_tokens": 1, "output_tokens": 1, "visual_tokens": 1, "visual_kept": 1, "visual_per_layer": 1.0}
     thinking = [{"text": f"<think>hm</think> {answer.upper()}", "counts": counts}]
-    monkeypatch.setattr(model, "answer", lambda talks, kwargs: thinking * len(talks))
+    monkeypatch.setattr(model, "answer", lambda talks, *rest: thinking * len(talks))
     found = harness.evaluate(model, task, limit=1, seed=0, output=tmp_path)
     assert found.metrics["exact_match,none"] == 1.0
 
