@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
@@ -72,42 +75,53 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """An untrained embedded LLaVA: CLIP tower 128 x 6 with [CLS], two-layer projector, Llama decoder 128 x 6."""
-    torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
+def decoder_sizes(vocabulary: Mapping[str, int], positions: int = 4096) -> dict[str, Any]:
+    """Arguments of a decoder's configuration; all embedded models have decoders of one size."""
+    return {
+        "vocab_size": len(vocabulary),
+        "hidden_size": WIDTH,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": positions,
+        "bos_token_id": vocabulary[BOS],
+        "eos_token_id": vocabulary[EOS],
+        "pad_token_id": vocabulary[PAD],
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+    }
+
+
+def clip_tower(side: int) -> CLIPVisionConfig:
+    """A CLIP tower of width 128 and 6 layers for pictures of ``side`` pixels."""
+    return CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=384,
         num_hidden_layers=6,
         num_attention_heads=4,
-        image_size=IMAGE,
+        image_size=side,
         patch_size=PATCH,
         hidden_act="gelu",
     )
-    text = LlamaConfig(
-        vocab_size=len(VOCAB),
-        hidden_size=WIDTH,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        bos_token_id=VOCAB[BOS],
-        eos_token_id=VOCAB[EOS],
-        pad_token_id=VOCAB[PAD],
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-    )
+
+
+def name_ends(model: Any, vocabulary: Mapping[str, int]) -> Any:
+    """Tell ``generate`` the model's padding, first and last token; returns the model."""
+    for name, token in {"pad": PAD, "bos": BOS, "eos": EOS}.items():
+        setattr(model.generation_config, f"{name}_token_id", vocabulary[token])
+    return model
+
+
+def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
+    """An untrained embedded LLaVA: CLIP tower 128 x 6 with [CLS], two-layer projector, Llama decoder 128 x 6."""
+    torch.manual_seed(seed)
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=clip_tower(IMAGE),
+        text_config=LlamaConfig(**decoder_sizes(VOCAB, positions=2048)),
         image_token_index=VOCAB[IMAGE_TOKEN],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.pad_token_id = VOCAB[PAD]
-    model.generation_config.bos_token_id = VOCAB[BOS]
-    model.generation_config.eos_token_id = VOCAB[EOS]
-    return model
+    return name_ends(LlavaForConditionalGeneration(config), VOCAB)

@@ -16,7 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from vtoken.mini.model import BOS, EOS, PAD, WIDTH
+from vtoken.mini.model import decoder_sizes, name_ends
 from vtoken.mini.models.base import (
     VOCAB,
     Architecture,
@@ -68,22 +68,8 @@ def build_model(seed: int = 0) -> InternVLForConditionalGeneration:
         patch_size=[PATCH // 2, PATCH // 2],
         layer_scale_init_value=1.0,
     )
-    text = Qwen2Config(
-        vocab_size=len(VOCAB),
-        hidden_size=WIDTH,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=VOCAB[BOS],
-        eos_token_id=VOCAB[EOS],
-        pad_token_id=VOCAB[PAD],
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = Qwen2Config(**decoder_sizes(VOCAB), rms_norm_eps=1e-6, rope_parameters=rope)
     config = InternVLConfig(
         vision_config=vision,
         text_config=text,
@@ -95,9 +81,7 @@ def build_model(seed: int = 0) -> InternVLForConditionalGeneration:
     model = InternVLForConditionalGeneration(config)
     with torch.no_grad():
         model.model.vision_tower.embeddings.position_embeddings[0, 1:] = sincos(2 * SIDE, TOWER_WIDTH)
-    for name, token in {"pad": PAD, "bos": BOS, "eos": EOS}.items():
-        setattr(model.generation_config, f"{name}_token_id", VOCAB[token])
-    return model
+    return name_ends(model, VOCAB)
 
 
 def places(width: int, height: int, video: bool = False) -> Places:

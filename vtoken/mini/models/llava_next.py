@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from transformers import (
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -16,7 +15,7 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from vtoken.mini.model import BOS, EOS, IMAGE_TOKEN, PAD, WIDTH
+from vtoken.mini.model import IMAGE_TOKEN, WIDTH, clip_tower, decoder_sizes, name_ends
 from vtoken.mini.models.base import (
     VOCAB,
     Architecture,
@@ -57,42 +56,16 @@ def build_processor() -> LlavaNextProcessor:
 def build_model(seed: int = 0) -> LlavaNextForConditionalGeneration:
     """The untrained model: the sizes of ``mini-llava`` with smaller pictures for the tower."""
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        image_size=TILE,
-        patch_size=PATCH,
-        hidden_act="gelu",
-    )
-    text = LlamaConfig(
-        vocab_size=len(VOCAB),
-        hidden_size=WIDTH,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-        bos_token_id=VOCAB[BOS],
-        eos_token_id=VOCAB[EOS],
-        pad_token_id=VOCAB[PAD],
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-    )
     config = LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=clip_tower(TILE),
+        text_config=LlamaConfig(**decoder_sizes(VOCAB)),
         image_token_index=VOCAB[IMAGE_TOKEN],
         image_grid_pinpoints=[[rows * TILE, columns * TILE] for rows, columns in CROPS],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
-    model = LlavaNextForConditionalGeneration(config)
-    for name, token in {"pad": PAD, "bos": BOS, "eos": EOS}.items():
-        setattr(model.generation_config, f"{name}_token_id", VOCAB[token])
-    return model
+    return name_ends(LlavaNextForConditionalGeneration(config), VOCAB)
 
 
 def places(width: int, height: int, video: bool = False) -> Places:

@@ -14,7 +14,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from vtoken.mini.model import BOS, EOS, PAD, WIDTH
+from vtoken.mini.model import WIDTH, decoder_sizes, name_ends
 from vtoken.mini.models.base import VOCAB, Architecture, Places, build_tokenizer, chat_template, grid_places, several
 from vtoken.mini.videos import FRAMES, STEP
 from vtoken.mini.world import PATCH
@@ -63,20 +63,9 @@ def build_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
         "tokens_per_second": FPS // STEP,
     }
     text = {
-        "vocab_size": len(VOCAB),
-        "hidden_size": WIDTH,
-        "intermediate_size": 384,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 4096,
+        **decoder_sizes(VOCAB),
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": SECTIONS},
-        "bos_token_id": VOCAB[BOS],
-        "eos_token_id": VOCAB[EOS],
-        "pad_token_id": VOCAB[PAD],
-        "tie_word_embeddings": True,
-        "initializer_range": 0.05,
     }
     config = Qwen2_5_VLConfig(
         vision_config=vision,
@@ -88,9 +77,7 @@ def build_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
         tie_word_embeddings=True,
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    for name, token in {"pad": PAD, "bos": BOS, "eos": EOS}.items():
-        setattr(model.generation_config, f"{name}_token_id", VOCAB[token])
-    return model
+    return name_ends(model, VOCAB)
 
 
 def places(width: int, height: int, video: bool = False) -> Places:
