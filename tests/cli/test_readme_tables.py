@@ -113,6 +113,8 @@ def test_impossible_tables(script, project, text, sentence):
 
 def test_the_readme_of_this_project_is_fresh(script):
     results = script.ROOT / "benchmarks" / "results"
-    if not all((results / f"{name}.json").is_file() for name in ("compare", "all", "mini_llava", "mini_llava_next", "families")):
+    if not all(
+        (results / f"{name}.json").is_file() for name in ("compare", "all", "mini_llava", "mini_llava_next", "families")
+    ):
         pytest.skip("nothing measured yet")
     assert script.main(["--check"]) == 0
