@@ -36,7 +36,7 @@ class YOPO(Reducer):
     ----------
     window : int or None
         Side of the square on the token grid of a view in which visual tokens attend to each other: of 5 cells for 5,
-        and for 6. None: all of them. It saves time in pictures of more than about a thousand tokens.
+        and for 6. None: all of them. It saves time in large pictures only.
     ffn : float
         Leading share in (0, 1] of the neurons of the feed-forward network that visual tokens use.
     drop_layer : int, float or None
