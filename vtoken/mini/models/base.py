@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -143,6 +143,8 @@ class Architecture:
         Prefix of parameters of ``model.model`` -> prefix in the source.
     tasks : mapping
         Task -> share of the training batches.
+    tower_start : str
+        How a tower begins that is not copied: "transplanted" from the CLIP of ``mini-llava``, or "whitened".
     positions_unseen : bool
         The tower cannot know rows and columns: the decoder finds them from its rotary positions.
     """
@@ -158,4 +160,5 @@ class Architecture:
     source: str = ""
     transferred: Mapping[str, str] = field(default_factory=dict)
     tasks: Mapping[str, float] = field(default_factory=dict)
+    tower_start: Literal["", "transplanted", "whitened"] = ""
     positions_unseen: bool = False

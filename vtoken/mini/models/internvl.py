@@ -16,7 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from vtoken.mini.model import decoder_sizes, name_ends
+from vtoken.mini.model import WIDTH, decoder_sizes, name_ends
 from vtoken.mini.models.base import (
     VOCAB,
     Architecture,
@@ -25,11 +25,10 @@ from vtoken.mini.models.base import (
     chat_template,
     grid_places,
     join_places,
-    sincos,
 )
 from vtoken.mini.world import PATCH
 
-TILE, TOWER_WIDTH, TOWER_LAYERS = 84, 96, 5
+TILE, TOWER_LAYERS = 84, 5
 SIDE = TILE // PATCH  # tokens; a patch of the tower is half as wide
 MOST_TILES = 4
 CONTEXT, START, END, VIDEO = "<IMG_CONTEXT>", "<img>", "</img>", "<video>"
@@ -59,8 +58,8 @@ def build_model(seed: int = 0) -> InternVLForConditionalGeneration:
     """The untrained model: a small InternViT, and a Qwen2 decoder of the size of ``mini-llava``'s."""
     torch.manual_seed(seed)
     vision = InternVLVisionConfig(
-        hidden_size=TOWER_WIDTH,
-        intermediate_size=3 * TOWER_WIDTH,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
         num_hidden_layers=TOWER_LAYERS,
         num_attention_heads=4,
         attention_bias=True,
@@ -78,10 +77,7 @@ def build_model(seed: int = 0) -> InternVLForConditionalGeneration:
         downsample_ratio=0.5,
         tie_word_embeddings=True,
     )
-    model = InternVLForConditionalGeneration(config)
-    with torch.no_grad():
-        model.model.vision_tower.embeddings.position_embeddings[0, 1:] = sincos(2 * SIDE, TOWER_WIDTH)
-    return name_ends(model, VOCAB)
+    return name_ends(InternVLForConditionalGeneration(config), VOCAB)
 
 
 def places(width: int, height: int, video: bool = False) -> Places:
@@ -99,10 +95,11 @@ ARCHITECTURE = Architecture(
     build_processor=build_processor,
     places=places,
     tower="vision_tower",
-    tower_width=TOWER_WIDTH,
+    tower_width=WIDTH,
     cls_layers="vision_tower.encoder.layer",
     source="mini-llava-next",
     transferred={"language_model": "language_model"},
-    tasks={"scene": 0.5, "read": 0.2, "multi": 0.12, "describe": 0.18},
-    steps={"decoder": 250, "tower": 1500, "joint": 600},
+    tower_start="transplanted",
+    tasks={"scene": 0.4, "read": 0.3, "multi": 0.1, "describe": 0.2},
+    steps={"decoder": 250, "tower": 1200, "joint": 900},
 )

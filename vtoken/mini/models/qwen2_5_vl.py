@@ -19,7 +19,7 @@ from vtoken.mini.models.base import VOCAB, Architecture, Places, build_tokenizer
 from vtoken.mini.videos import FRAMES, STEP
 from vtoken.mini.world import PATCH
 
-TOWER_WIDTH, TOWER_LAYERS = 96, 5
+TOWER_LAYERS = 5
 WINDOW = 4 * PATCH
 IMAGE_PAD, VIDEO_PAD, START, END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 SECTIONS = [2, 3, 11]  # rotary pairs of time, rows and columns: the slow ones still tell neighbouring columns apart
@@ -51,8 +51,8 @@ def build_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     torch.manual_seed(seed)
     vision = {
         "depth": TOWER_LAYERS,
-        "hidden_size": TOWER_WIDTH,
-        "intermediate_size": 2 * TOWER_WIDTH,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
         "num_heads": 4,
         "patch_size": PATCH // 2,
         "temporal_patch_size": STEP,
@@ -92,11 +92,12 @@ ARCHITECTURE = Architecture(
     build_processor=build_processor,
     places=places,
     tower="visual",
-    tower_width=TOWER_WIDTH,
+    tower_width=WIDTH,
     cls_layers="",
     source="mini-llava-next",
     transferred={"language_model": "language_model"},
     tasks={"scene": 0.4, "read": 0.16, "multi": 0.12, "describe": 0.12, "video": 0.2},
     steps={"decoder": 600, "tower": 1500, "joint": 800},
+    tower_start="whitened",
     positions_unseen=True,
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vtoken.mini.model import ASSISTANT, EOS
 from vtoken.mini.models.base import VOCAB, Places
@@ -37,15 +38,25 @@ SCENE_ASKS: dict[str, Ask] = {
 
 @dataclass
 class Batch:
-    """B documents of one size: their pictures' scenes, where their visual tokens look, labels field -> (B, N)."""
+    """B documents of one size: their pictures' scenes, where their visual tokens look, labels field -> (B, N).
+
+    A scene is shown at 1 / ``shrunk`` of its size; the places are in the pixels of the scene.
+    """
 
     scenes: list[list[Scene]]
     places: Places
     labels: dict[str, torch.Tensor]
+    shrunk: float = 1.0
 
     def paint(self, rng: np.random.Generator) -> list[list[np.ndarray]]:
         """The pixels of every picture, uint8 (height, width, 3) each."""
-        return [[render(scene, rng) for scene in document] for document in self.scenes]
+        return [[self._fitted(render(scene, rng)) for scene in document] for document in self.scenes]
+
+    def _fitted(self, pixels: np.ndarray) -> np.ndarray:
+        if self.shrunk == 1.0:
+            return pixels
+        height, width = (round(side / self.shrunk) for side in pixels.shape[:2])
+        return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def label_batch(documents: list[list[Scene]], places: Places, shown: Callable[[list[Scene]], list[Scene]]) -> Batch:

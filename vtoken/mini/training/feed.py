@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from vtoken.mini.training.answering import Prompt
 from vtoken.mini.training.batches import SCENE_ASKS, Ask, Batch, Pack, ask, label_batch, pack
 from vtoken.mini.videos import CELLS as SIDE
 from vtoken.mini.videos import FRAMES, STEP, VIDEO_KINDS
-from vtoken.mini.world import CELL, Scene, sample_scene
+from vtoken.mini.world import CELL, CELLS, IMAGE, Scene, sample_scene
 
 VIDEO_CELLS = (SIDE, SIDE)
 COLUMNS = 3600  # of visual tokens and text in a batch
@@ -43,6 +43,19 @@ class Shown:
     batch: Batch
     task: str
     prompt: Prompt
+
+
+def crowd(rng: np.random.Generator, cells: int) -> Scene:
+    """A crowded square scene; one of twice the usual side is four usual ones, which have more things to show."""
+    if cells < 2 * CELLS:
+        return sample_scene(rng, crowded=True, cells=(cells, cells), word_step=2)
+    corners = [(x, y) for y in (0, IMAGE) for x in (0, IMAGE)]
+    items = [
+        replace(item, x=item.x + x, y=item.y + y)
+        for x, y in corners
+        for item in sample_scene(rng, crowded=True, word_step=2).items
+    ]
+    return Scene(tuple(items), 2 * IMAGE, 2 * IMAGE)
 
 
 def _pictures(task: str) -> int:
@@ -85,14 +98,27 @@ class Feed:
             documents = [sample_pictures(task, cells, self.rng) for _ in range(size)]
         return self.show(task, documents, cells)
 
+    def draw_small(self, cells: int) -> Shown:
+        """Crowded square scenes of more cells than fit: shown smaller, so that a patch sees more of each thing."""
+        shrunk = cells / CELLS
+        places = self._places("scene", (CELLS, CELLS))
+        places = replace(places, boxes=places.boxes * shrunk)
+        size = max(2, self.columns // (len(places.boxes) + QUESTIONS["scene"] * TOKENS_ASKED))
+        documents = [[crowd(self.rng, cells)] for _ in range(size)]
+        batch = replace(label_batch(documents, places, lambda scenes: scenes), shrunk=shrunk)
+        return Shown(batch, "scene", self._prompt_of("scene", (CELLS, CELLS)))
+
     def show(self, task: str, documents: list[list[Scene]], cells: tuple[int, int]) -> Shown:
         """A batch of given documents, whose pictures have ``cells`` columns and rows of cells."""
         step = STEP if task == "video" else 1
         batch = label_batch(documents, self._places(task, cells), lambda scenes: scenes[step - 1 :: step])
+        return Shown(batch, task, self._prompt_of(task, cells))
+
+    def _prompt_of(self, task: str, cells: tuple[int, int]) -> Prompt:
         key = (task == "video", task == "multi", cells)
         if key not in self.prompts:
             self.prompts[key] = self._prompt(cells[0] * CELL, cells[1] * CELL, _pictures(task), task == "video")
-        return Shown(batch, task, self.prompts[key])
+        return self.prompts[key]
 
     def _places(self, task: str, cells: tuple[int, int]) -> Places:
         one = self.architecture.places(cells[0] * CELL, cells[1] * CELL, task == "video")

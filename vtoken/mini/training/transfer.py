@@ -2,7 +2,8 @@
 """Train a model of another architecture from the weights of ``mini-llava``, in three phases.
 
 1. ``decoder``: symbolic documents, whose visual tokens are sums of label embeddings, in the new model's own layout;
-2. ``tower``: tower and projector learn what each visual token shows, and to write it as those embeddings;
+2. ``tower``: tower and projector learn what each visual token shows, and to write it as those embeddings; at first
+   mostly from scenes that are shown smaller, where a single patch shows more of a thing;
 3. ``joint``: the whole model answers questions about pixels; the dense losses keep the tower honest.
 """
 
@@ -26,6 +27,7 @@ from vtoken.mini.training.feed import Feed, Shown
 from vtoken.mini.training.labels import FIELDS, IGNORE
 from vtoken.mini.training.loop import Meter, Trainer, steps
 from vtoken.mini.training.run import REPORT, SAVE, Run, log, match_loss
+from vtoken.mini.training.starts import transplant, whiten
 from vtoken.mini.training.supervision import Symbols
 from vtoken.mini.training.tower import encode, view_labels
 from vtoken.mini.world import CELLS, GRID, LETTERS, sample_scene
@@ -36,6 +38,8 @@ CROWDED = 0.85  # of the tower's pictures
 EMPHASIS = {"read": 4.0}  # of the decoder's tasks: spelling numbers is new to it and takes the most steps
 TOWER_COLUMNS = 1800  # small batches: many steps leave the plateaus sooner
 SEEN = {"scene": 0.8, "read": 0.2}  # tasks whose pictures teach the tower
+SMALL = {8: 0.6, 6: 0.3, 5: 0.1}, {8: 0.1, 6: 0.3, 5: 0.6}  # cells a side: share at the start, and in the end
+OFTEN, SELDOM = 0.6, 0.1  # share of the smaller scenes at the start, and in the end
 DENSE, CLS = 0.2, 0.5  # weights of the joint phase's other losses
 
 
@@ -94,6 +98,14 @@ def spell_numerals(words: torch.Tensor) -> None:
     words[[VOCAB[f"##{n}"] for n in range(10)]] = letters + numerals - numerals.mean(0)
 
 
+def _small_cells(progress: float, rng: np.random.Generator) -> int:
+    """How many cells a side the next scene of the tower's phase has; 0 for one of the usual size."""
+    if rng.random() >= OFTEN + (SELDOM - OFTEN) * progress:
+        return 0
+    first, last = (np.array(list(shares.values())) for shares in SMALL)
+    return int(rng.choice(list(SMALL[0]), p=first + (last - first) * progress))
+
+
 class Transfer(Run):
     """The phases of a model that starts from another one's weights."""
 
@@ -112,6 +124,18 @@ class Transfer(Run):
         if newline.any():
             visual = torch.where(newline[:, None], self.model.model.image_newline, visual)
         return visual
+
+    def _start_tower(self, feed: Feed) -> None:
+        """Begin a tower that was not copied."""
+        core, how = self.model.model, self.architecture.tower_start
+        if not how:
+            return
+        pixels = torch.cat([feed.pixels(feed.draw(SEEN, crowded=True))["pixel_values"] for _ in range(FITTED)])
+        if how == "transplanted":
+            source, _ = loader.load("mini-llava")
+            transplant(core.vision_tower, source.model.vision_tower, pixels)
+        else:
+            whiten(core.visual.patch_embed.proj, pixels)
 
     def decoder(self, limit: int, minutes: float) -> None:
         """Phase 1: questions about symbolic documents."""
@@ -135,11 +159,15 @@ class Transfer(Run):
         """Phase 2: dense labels, and the label embeddings as targets."""
         self.load("decoder")
         feed, losses = Feed(self.architecture, self.model, train_rng(22), TOWER_COLUMNS), []
-        cls = self.cls_states()
+        self._start_tower(feed)
+        cls, seen = self.cls_states(), SEEN | {"video": self.architecture.tasks.get("video", 0.0)}
         trained = [*self.model.model.parameters(), *self.heads.parameters()]
         trainer = Trainer([(trained, 1.5e-3)], limit)
         for step in steps(limit, minutes):
-            shown = feed.draw(SEEN | {"video": self.architecture.tasks.get("video", 0.0)}, feed.rng.random() < CROWDED)
+            if self.architecture.tower_start and (cells := _small_cells(step / limit, feed.rng)):
+                shown = feed.draw_small(cells)
+            else:
+                shown = feed.draw(seen, feed.rng.random() < CROWDED)
             labels = shown.batch.labels
             visual = encode(self.model, feed.pixels(shown), len(shown.batch.scenes))
             dense = self.heads.dense_loss(visual, labels)
