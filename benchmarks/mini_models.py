@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the embedded models on held-out documents; writes benchmarks/results/mini_<model>.json.
 
-Conditions: unpruned; blind (no visual tokens at all); random tokens at keep 0.1 and 0.25; the top attention of the
-tower at keep 0.1 and 0.25 (IDPruner with all weight on importance). Descriptions are scored by the F1 of the things
-named, all other answers by exact match. ``mini-llava`` has older questions of its own: benchmarks/mini_llava.py.
+Unpruned, and blind: without any visual token. Descriptions are scored by the F1 of the things named, all other answers
+by exact match. What reducers do to the models: benchmarks/minis.py. ``mini-llava`` has older questions of its own:
+benchmarks/mini_llava.py.
 
     python benchmarks/mini_models.py mini-llava-next
 """
@@ -11,7 +11,6 @@ named, all other answers by exact match. ``mini-llava`` has older questions of i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
 import time
@@ -23,20 +22,12 @@ import torch
 import transformers
 from PIL import Image
 
-import vtoken
 import vtoken.mini
 from vtoken.mini.documents import TASKS, VERSION, Document, held_out
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, LONGEST = 50, 24  # documents a batch, tokens an answer
-CONDITIONS: dict[str, Any] = {
-    "unpruned": None,
-    "blind": None,
-    "random keep=0.25": vtoken.Random(keep=0.25),
-    "random keep=0.1": vtoken.Random(keep=0.1),
-    "tower attention keep=0.25": vtoken.IDPruner(keep=0.25, lam=1.0),
-    "tower attention keep=0.1": vtoken.IDPruner(keep=0.1, lam=1.0),
-}
+CONDITIONS = ("unpruned", "blind")
 
 
 def inputs_of(processor: Any, documents: list[Document], blind: bool) -> Any:
@@ -65,17 +56,16 @@ def score(document: Document, found: str) -> float:
 
 def measure(model: Any, processor: Any, name: str, documents: dict[str, list[Document]]) -> dict[str, Any]:
     """Mean score of one condition by kind, and the mean over kinds."""
-    reducer, by_kind = CONDITIONS[name], {}
-    with vtoken.reduce(model, reducer) if reducer is not None else contextlib.nullcontext():
-        for kind, every in documents.items():
-            scores = []
-            for start in range(0, len(every), BATCH):
-                batch = every[start : start + BATCH]
-                inputs = inputs_of(processor, batch, name == "blind")
-                out = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
-                texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                scores += [score(document, text.strip()) for document, text in zip(batch, texts, strict=True)]
-            by_kind[kind] = round(sum(scores) / len(scores), 4)
+    by_kind = {}
+    for kind, every in documents.items():
+        scores = []
+        for start in range(0, len(every), BATCH):
+            batch = every[start : start + BATCH]
+            inputs = inputs_of(processor, batch, name == "blind")
+            out = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
+            texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            scores += [score(document, text.strip()) for document, text in zip(batch, texts, strict=True)]
+        by_kind[kind] = round(sum(scores) / len(scores), 4)
     return {"mean": round(sum(by_kind.values()) / len(by_kind), 4), "by_kind": by_kind}
 
 
