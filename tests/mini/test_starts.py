@@ -11,7 +11,7 @@ from vtoken.mini.models import ARCHITECTURES
 from vtoken.mini.training.batches import train_rng
 from vtoken.mini.training.feed import Feed
 from vtoken.mini.training.labels import IGNORE
-from vtoken.mini.training.starts import transplant, whiten
+from vtoken.mini.training.starts import transplant, transplant_rotary
 from vtoken.mini.world import IMAGE
 
 
@@ -40,13 +40,34 @@ def test_a_transplanted_tower_sees_a_picture_as_clip_sees_it_enlarged():
             torch.testing.assert_close(out, other, atol=1e-4, rtol=1e-4)
 
 
-def test_whitened_patches_are_uncorrelated_and_of_one_scale():
-    torch.manual_seed(0)
-    patches = torch.randn(4000, 3 * 2 * 7 * 7) @ torch.randn(294, 294)
-    projection = torch.nn.Conv3d(3, 64, (2, 7, 7), bias=False)
-    whiten(projection, patches, scale=0.3, floor=0.0)
-    seen = projection(patches.view(-1, 3, 2, 7, 7)).flatten(1)
-    torch.testing.assert_close(torch.cov(seen.T), 0.09 * torch.eye(64), atol=2e-3, rtol=0)
+def test_a_rotary_tower_computes_what_clip_computes_but_for_its_positions():
+    """Without rotation, centred states go through a block as through CLIP's layer, up to the gate's approximation."""
+    source = ARCHITECTURES["mini-llava"].build_model(1).model.vision_tower.eval()
+    tower = ARCHITECTURES["mini-qwen2.5-vl"].build_model(2).model.visual.eval()
+    for name, parameter in source.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, 1.0 if name.endswith("norm1.weight") else 0.0, 0.3)
+    pixels = torch.randn(2, 3, IMAGE // 2, IMAGE // 2)
+    transplant_rotary(tower, source, pixels)
+    rows, head = 6, 128 // 4
+    still = torch.ones(rows, head), torch.zeros(rows, head)
+    states = torch.randn(rows, 128)
+    states = states - states.mean(-1, keepdim=True)
+    with torch.no_grad():
+        for block, copied in zip(tower.blocks, source.encoder.layers, strict=False):
+            out = block(states, cu_seqlens=torch.tensor([0, rows], dtype=torch.int32), position_embeddings=still)
+            wanted = copied(states[None], attention_mask=None)
+            wanted = (wanted[0] if isinstance(wanted, tuple) else wanted).view(rows, 128)
+            wanted = wanted - wanted.mean(-1, keepdim=True)
+            added = (wanted - states).norm()
+            assert float((out - wanted).norm() / added) < 0.05
+        picture = torch.randn(3, 2, 7, 7)
+        picture[:, 1] = picture[:, 0]  # a picture is two equal frames
+        seen = tower.patch_embed(picture.view(1, -1))[0]
+        enlarged = F.interpolate(picture[None, :, 0], scale_factor=2.0)
+        wanted = F.conv2d(enlarged, source.embeddings.patch_embedding.weight)[0, :, 0, 0]
+        wanted = (wanted - wanted.mean()) * source.pre_layrnorm.weight
+        assert float(F.cosine_similarity(seen, wanted - wanted.mean(), dim=0)) > 0.9999
 
 
 def test_smaller_scenes_show_more_things_in_a_picture_of_the_usual_size():

@@ -144,7 +144,8 @@ class Architecture:
     tasks : mapping
         Task -> share of the training batches.
     tower_start : str
-        How a tower begins that is not copied: "transplanted" from the CLIP of ``mini-llava``, or "whitened".
+        How a tower of other layers takes over the CLIP of ``mini-llava``: "intern" or "rotary", see
+        `vtoken.mini.training.starts`; "" if it does not.
     positions_unseen : bool
         The tower cannot know rows and columns: the decoder finds them from its rotary positions.
     """
@@ -160,5 +161,5 @@ class Architecture:
     source: str = ""
     transferred: Mapping[str, str] = field(default_factory=dict)
     tasks: Mapping[str, float] = field(default_factory=dict)
-    tower_start: Literal["", "transplanted", "whitened"] = ""
+    tower_start: Literal["", "intern", "rotary"] = ""
     positions_unseen: bool = False

@@ -99,7 +99,7 @@ ARCHITECTURE = Architecture(
     cls_layers="vision_tower.encoder.layer",
     source="mini-llava-next",
     transferred={"language_model": "language_model"},
-    tower_start="transplanted",
+    tower_start="intern",
     tasks={"scene": 0.4, "read": 0.3, "multi": 0.1, "describe": 0.2},
     steps={"decoder": 250, "tower": 1200, "joint": 900},
 )

@@ -52,7 +52,7 @@ def build_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     vision = {
         "depth": TOWER_LAYERS,
         "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
+        "intermediate_size": 3 * WIDTH,
         "num_heads": 4,
         "patch_size": PATCH // 2,
         "temporal_patch_size": STEP,
@@ -96,8 +96,8 @@ ARCHITECTURE = Architecture(
     cls_layers="",
     source="mini-llava-next",
     transferred={"language_model": "language_model"},
-    tasks={"scene": 0.4, "read": 0.16, "multi": 0.12, "describe": 0.12, "video": 0.2},
-    steps={"decoder": 600, "tower": 1500, "joint": 800},
-    tower_start="whitened",
+    tasks={"scene": 0.35, "read": 0.2, "multi": 0.1, "describe": 0.15, "video": 0.2},
+    steps={"places": 1500, "decoder": 500, "tower": 700, "joint": 900},
+    tower_start="rotary",
     positions_unseen=True,
 )

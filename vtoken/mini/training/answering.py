@@ -103,11 +103,17 @@ class Pointing:
         self.losses.append(heads.noun_loss(states.gather(1, rows), labels, self.asked))
 
 
-def _columns(prompt: Prompt, where: torch.Tensor) -> torch.Tensor:
+def kept_columns(prompt: Prompt, where: torch.Tensor) -> torch.Tensor:
     """(B, P') columns of the prompt without the visual tokens that are not among ``where`` (B, n)."""
     kept = torch.ones(len(where), len(prompt.ids), dtype=torch.bool)
     kept[:, prompt.slots] = torch.zeros(len(where), len(prompt.slots), dtype=torch.bool).scatter(1, where, True)
     return kept.nonzero()[:, 1].view(len(where), -1)
+
+
+def prefix_of(model: Any, visual: torch.Tensor, prompt: Prompt, columns: torch.Tensor) -> torch.Tensor:
+    """(B, P', WIDTH) embeddings of those columns of the prompt."""
+    words = model.get_input_embeddings()(prompt.ids).expand(len(visual), -1, -1)
+    return words.index_copy(1, prompt.slots, visual).gather(1, columns[..., None].expand(-1, -1, WIDTH))
 
 
 def _in_prefix(shown: torch.Tensor, prompt: Prompt, columns: torch.Tensor) -> torch.Tensor:
@@ -130,10 +136,9 @@ def answer(
     size, count = visual.shape[:2]
     if where is None:
         where = torch.arange(count).expand(size, -1)
-    columns = _columns(prompt, where)
+    columns = kept_columns(prompt, where)
     embed = model.get_input_embeddings()
-    prefix = embed(prompt.ids).expand(size, -1, -1).index_copy(1, prompt.slots, visual)
-    prefix = prefix.gather(1, columns[..., None].expand(-1, -1, WIDTH))
+    prefix = prefix_of(model, visual, prompt, columns)
     pointing = Pointing(asked, *(_in_prefix(shown, prompt, columns) for shown in (asked.regions, asked.sources)))
     text = columns.shape[1]
     positions = torch.cat(

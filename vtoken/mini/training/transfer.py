@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a model of another architecture from the weights of ``mini-llava``, in three phases.
 
+0. ``places``, only where the tower cannot know them: the first layers learn where each visual token is;
 1. ``decoder``: symbolic documents, whose visual tokens are sums of label embeddings, in the new model's own layout;
 2. ``tower``: tower and projector learn what each visual token shows, and to write it as those embeddings; at first
    mostly from scenes that are shown smaller, where a single patch shows more of a thing;
@@ -26,8 +27,9 @@ from vtoken.mini.training.export import export
 from vtoken.mini.training.feed import Feed, Shown
 from vtoken.mini.training.labels import FIELDS, IGNORE
 from vtoken.mini.training.loop import Meter, Trainer, steps
+from vtoken.mini.training.places import place_loss
 from vtoken.mini.training.run import REPORT, SAVE, Run, log, match_loss
-from vtoken.mini.training.starts import transplant, whiten
+from vtoken.mini.training.starts import transplant, transplant_rotary
 from vtoken.mini.training.supervision import Symbols
 from vtoken.mini.training.tower import encode, view_labels
 from vtoken.mini.world import CELLS, GRID, LETTERS, sample_scene
@@ -125,20 +127,36 @@ class Transfer(Run):
             visual = torch.where(newline[:, None], self.model.model.image_newline, visual)
         return visual
 
-    def _start_tower(self, feed: Feed) -> None:
-        """Begin a tower that was not copied."""
-        core, how = self.model.model, self.architecture.tower_start
-        if not how:
+    def _start_tower(self) -> None:
+        """Begin a tower whose parameters have no namesakes in the source."""
+        if not self.architecture.tower_start:
             return
-        pixels = torch.cat([feed.pixels(feed.draw(SEEN, crowded=True))["pixel_values"] for _ in range(FITTED)])
-        if how == "transplanted":
-            source, _ = loader.load("mini-llava")
-            transplant(core.vision_tower, source.model.vision_tower, pixels)
-        else:
-            whiten(core.visual.patch_embed.proj, pixels)
+        source, _ = loader.load("mini-llava")
+        first = Feed(ARCHITECTURES["mini-llava"], source, train_rng(25))
+        scenes = [[sample_scene(first.rng, crowded=True)] for _ in range(8)]
+        pixels = first.pixels(first.show("scene", scenes, (CELLS, CELLS)))["pixel_values"]
+        start = {"intern": transplant, "rotary": transplant_rotary}[self.architecture.tower_start]
+        start(self.model.model.get_submodule(self.architecture.tower), source.model.vision_tower, pixels[..., ::2, ::2])
+
+    def places(self, limit: int, minutes: float) -> None:
+        """Before phase 1: where the visual tokens of symbolic documents are."""
+        feed, losses = Feed(self.architecture, self.model, train_rng(24), TOWER_COLUMNS), []
+        trainer = Trainer([(self.decoder_parameters(), 1.5e-3)], limit)
+        for step in steps(limit, minutes):
+            shown = feed.draw(self.architecture.tasks)
+            visual = self._symbolic(shown, dropout=0.02)
+            loss = place_loss(self.model, self.heads, visual, shown.prompt, shown.batch.labels, feed.rng)
+            trainer.step(step, loss)
+            losses.append(loss.item())
+            if step % REPORT == REPORT - 1:
+                log.info("places %d loss %.3f", step + 1, np.mean(losses))
+                losses.clear()
+        self.save("places")
 
     def decoder(self, limit: int, minutes: float) -> None:
         """Phase 1: questions about symbolic documents."""
+        if "places" in self.architecture.steps:
+            self.load("places")
         feed, meter = Feed(self.architecture, self.model, train_rng(21)), Meter()
         trainer = Trainer([(self.decoder_parameters(), 8e-4)], limit)
         tasks = {task: share * EMPHASIS.get(task, 1.0) for task, share in self.architecture.tasks.items()}
@@ -159,7 +177,7 @@ class Transfer(Run):
         """Phase 2: dense labels, and the label embeddings as targets."""
         self.load("decoder")
         feed, losses = Feed(self.architecture, self.model, train_rng(22), TOWER_COLUMNS), []
-        self._start_tower(feed)
+        self._start_tower()
         cls, seen = self.cls_states(), SEEN | {"video": self.architecture.tasks.get("video", 0.0)}
         trained = [*self.model.model.parameters(), *self.heads.parameters()]
         trainer = Trainer([(trained, 1.5e-3)], limit)
