@@ -10,4 +10,4 @@ def manifests() -> list[Any]:
     """The models that vtoken adds; light, because lmms-eval calls this on every import."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return [ModelManifest("vtoken", chat_class_path="vtoken.eval.model.ReducedModel")]
+    return [ModelManifest("vtoken", chat_class_path="vtoken.eval.model.reduced.ReducedModel")]

@@ -19,7 +19,12 @@ from vtoken.reducers.base import Reducer
 
 PACKAGES = ("torch", "transformers", "lmms-eval")
 _NO_CODE = ("cli", "mini", "profile")  # no score depends on them; weights and questions are pinned by themselves
-_ANSWERING = ("model.py", "generation.py", "harness.py", "preprocessing.py")  # of this package
+_ANSWERING = (
+    "harness/driver.py",
+    "model/generation.py",
+    "model/preprocessing.py",
+    "model/reduced.py",
+)
 
 
 @functools.cache
@@ -47,7 +52,7 @@ def code_digest() -> str:
             if path.relative_to(root).parts[0] not in _NO_CODE:
                 digest.update(path.read_bytes())
     for name in _ANSWERING:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+        digest.update((Path(__file__).parent / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -66,6 +71,16 @@ def files_digest(reducer: Reducer | None) -> str:
     """Hash over the trained parts that a reducer reads, "" for none; a file that is not there has no content."""
     contents = [path.read_bytes() if path.is_file() else b"" for path in reducer.files()] if reducer else []
     return hashlib.sha256(b"".join(contents)).hexdigest()[:16] if contents else ""
+
+
+def folder_digest(root: Path, paths: Iterable[Path]) -> str:
+    """sha256 over the names, relative to ``root``, and the contents of files in it."""
+    digest = hashlib.sha256()
+    for path in sorted(set(paths)):
+        digest.update(path.relative_to(root).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def prompts_digest(samples: Iterable[Mapping[str, Any]]) -> str:

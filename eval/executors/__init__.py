@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from vtoken.eval.errors import unknown
@@ -12,7 +13,7 @@ from vtoken.eval.executors.base import Executor
 from vtoken.eval.executors.local import LocalExecutor
 from vtoken.eval.executors.ray import RayExecutor
 
-__all__ = ["Executor", "get_executor", "names", "options"]
+__all__ = ["Executor", "check_options", "get_executor", "names", "options"]
 
 _EXECUTORS: dict[str, type[Executor]] = {
     "local": LocalExecutor,
@@ -56,8 +57,19 @@ def get_executor(name: str, **given: Any) -> Executor:
     MissingExtraError
         If the executor needs a package that is not installed.
     """
+    check_options(name, given)
+    return _EXECUTORS[name](**given)
+
+
+def check_options(name: str, given: Iterable[str]) -> None:
+    """Check the names of an executor's options.
+
+    Raises
+    ------
+    EvalError
+        For an unknown executor or option.
+    """
     known = options(name)
     for option in given:
         if option not in known:
             raise unknown(f"{name} executor option", option, known)
-    return _EXECUTORS[name](**given)

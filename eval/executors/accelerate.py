@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from vtoken.eval.cells import Cell
 from vtoken.eval.errors import EvalError
 from vtoken.eval.executors.base import check_count
 from vtoken.eval.executors.local import LocalExecutor
 from vtoken.eval.executors.team import Team, share
-from vtoken.eval.harness import collect_requests
-from vtoken.eval.listener import Listener, Outcome
-from vtoken.eval.runner import Runner
-from vtoken.eval.store import Store
+from vtoken.eval.harness.driver import collect_requests
+from vtoken.eval.running.listener import Listener, Outcome
+from vtoken.eval.running.runner import Runner
+from vtoken.eval.store.results import Store
+from vtoken.eval.sweeps.cells import Cell
 
 WITHOUT_ACCELERATOR = 2  # processes on a machine that has none
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtoken.eval.cells import Cell
 from vtoken.eval.errors import EvalError
-from vtoken.eval.listener import Listener, Outcome
-from vtoken.eval.runner import EMPTY_LIMIT
-from vtoken.eval.store import Store
+from vtoken.eval.running.listener import Listener, Outcome
+from vtoken.eval.running.runner import EMPTY_LIMIT
+from vtoken.eval.store.results import Store
+from vtoken.eval.sweeps.cells import Cell
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Executor(ABC):
     Parameters
     ----------
     empty_limit : float
-        Share of empty answers above which a cell fails, see `vtoken.eval.runner.Runner`.
+        Share of empty answers above which a cell fails, see `vtoken.eval.running.runner.Runner`.
     """
 
     measures: ClassVar[bool] = True

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vtoken.eval.cells import Cell
 from vtoken.eval.executors.base import Executor
-from vtoken.eval.listener import Listener, Outcome
-from vtoken.eval.runner import Runner
-from vtoken.eval.store import Store
+from vtoken.eval.running.listener import Listener, Outcome
+from vtoken.eval.running.runner import Runner
+from vtoken.eval.store.results import Store
+from vtoken.eval.sweeps.cells import Cell
 
 
 @dataclass
@@ -28,7 +28,7 @@ class LocalExecutor(Executor):
 
     def measure(self, cells: Sequence[Cell], store: Store, before: Callable[[Cell], None]) -> dict[Cell, str]:
         """See `Executor`; goes on with the model that the run left loaded."""
-        from vtoken.eval.cost import measure_cells
+        from vtoken.eval.running.cost import measure_cells
 
         runner = self._runner or Runner(store, empty_limit=self.empty_limit)
         return measure_cells(cells, runner, before=before)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from unittest import mock
 
-from vtoken.eval.attempt import reason
-from vtoken.eval.cells import Cell
 from vtoken.eval.errors import EvalError, MissingExtraError
 from vtoken.eval.executors.base import Executor, check_count
-from vtoken.eval.listener import Listener, Outcome
-from vtoken.eval.store import Store
+from vtoken.eval.running.attempt import reason
+from vtoken.eval.running.listener import Listener, Outcome
+from vtoken.eval.store.results import Store
+from vtoken.eval.sweeps.cells import Cell
 
 OFFLINE = {"RAY_USAGE_STATS_ENABLED": "0"}  # Ray reads it when it starts a cluster
 LOCAL = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}

@@ -13,14 +13,14 @@ from typing import Any
 
 import ray
 
-from vtoken.eval.attempt import Attempt, Status, conclude, failure_of, reason
-from vtoken.eval.cells import Cell
 from vtoken.eval.errors import EvalError
 from vtoken.eval.executors.ray_worker import Worker, surroundings
-from vtoken.eval.listener import Listener, Outcome
-from vtoken.eval.loading import ModelSpec
-from vtoken.eval.runner import POLL
-from vtoken.eval.store import Store
+from vtoken.eval.model.loading import ModelSpec
+from vtoken.eval.running.attempt import Attempt, Status, conclude, failure_of, reason
+from vtoken.eval.running.listener import Listener, Outcome
+from vtoken.eval.running.runner import POLL
+from vtoken.eval.store.results import Store
+from vtoken.eval.sweeps.cells import Cell
 
 STILLBORN = 3  # workers in a row that end before they are ready: the cluster is broken
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from vtoken.eval.attempt import Status
-from vtoken.eval.cells import Cell
-from vtoken.eval.listener import Listener
-from vtoken.eval.loading import ModelSpec
+from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.provenance import versions
-from vtoken.eval.runner import Runner
-from vtoken.eval.store import Store
+from vtoken.eval.running.attempt import Status
+from vtoken.eval.running.listener import Listener
+from vtoken.eval.running.runner import Runner
+from vtoken.eval.store.results import Store
+from vtoken.eval.sweeps.cells import Cell
 
 Event = tuple[str, Any]
 """``("loading", spec)``, ``("started", None)``, ``("answered", count)`` and, last, ``("ended", attempt)``."""

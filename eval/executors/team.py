@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from vtoken.eval.attempt import reason
-from vtoken.eval.cells import Cell
-from vtoken.eval.harness import collect_requests
-from vtoken.eval.loading import ModelSpec
-from vtoken.eval.runner import Runner, at_work
-from vtoken.eval.samplelog import SampleLog
-from vtoken.eval.store import Store
+from vtoken.eval.harness.driver import collect_requests
+from vtoken.eval.model.loading import ModelSpec
+from vtoken.eval.running.attempt import reason
+from vtoken.eval.running.runner import Runner, at_work
+from vtoken.eval.store.results import Store
+from vtoken.eval.store.samplelog import SampleLog
+from vtoken.eval.sweeps.cells import Cell
 
 
 class Team:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import vtoken
 from vtoken.cli import app
-from vtoken.eval.runner import Runner
+from vtoken.eval.running.runner import Runner
 
 TINY = ["--limit", "8", "--batch-size", "4", "-k", "0.25"]
 
@@ -112,7 +112,7 @@ def test_quick_asks_few_questions(checkpoint, private_cache, tmp_path):
 
 def test_defaults_of_the_embedded_model_do_not_apply_to_others(monkeypatch):
     from vtoken.cli.compare import _defaults
-    from vtoken.eval.sweep import Sweep
+    from vtoken.eval.sweeps.sweep import Sweep
 
     monkeypatch.setattr("vtoken.mini.names", lambda: ["mini-llava"])
     common = {"reducers": ["random"], "keep": [0.5]}
@@ -129,8 +129,8 @@ def test_the_table_fits_the_terminal(width, header):
     from rich.console import Console
 
     from vtoken.cli.cells import build_table
-    from vtoken.eval.statistics import Estimate, Paired
-    from vtoken.eval.summary import Row
+    from vtoken.eval.comparison.statistics import Estimate, Paired
+    from vtoken.eval.comparison.summary import Row
 
     place = {"cell": "c", "model": "mini-llava", "task": "mini", "documents": 320, "accuracy": Estimate(1.0, 0.95, 1.0)}
     counts = {"visual_tokens": 144, "visual_kept": 144.0, "visual_per_layer": 120.5}

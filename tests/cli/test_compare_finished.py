@@ -10,7 +10,7 @@ from finished import save_run, save_table
 from typer.testing import CliRunner
 
 from vtoken.cli import app
-from vtoken.eval.store import Store
+from vtoken.eval.store.results import Store
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vtoken.cli import app
-from vtoken.eval import harness
+from vtoken.eval.harness import driver
 
 CASES = {
     "unknown reducer": (["-r", "foprue"], "Unknown reducer 'foprue': did you mean 'fopru'?"),
@@ -89,7 +89,7 @@ def test_reducer_files(checkpoint, private_cache, tmp_path, text, sentence):
 
 
 def test_missing_extra(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "is_installed", lambda: False)
+    monkeypatch.setattr(driver, "is_installed", lambda: False)
     is_sentence(run("compare", "--out", str(tmp_path)), 'pip install "vtoken[eval]"')
 
 

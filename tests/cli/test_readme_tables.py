@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import vtoken
-from vtoken.eval.statistics import Estimate, Paired
-from vtoken.eval.summary import Row
+from vtoken.eval.comparison.statistics import Estimate, Paired
+from vtoken.eval.comparison.summary import Row
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "readme_tables.py"
 
@@ -19,7 +19,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "readme_tables.py"
 def script():
     spec = importlib.util.spec_from_file_location("readme_tables", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        spec.loader.exec_module(module)
     return module
 
 
@@ -59,7 +61,7 @@ def project(tmp_path):
     }
     versions = {"python": "3.11", "torch": "2.15", "transformers": "5.23"}
     (results / "families.json").write_text(json.dumps({"versions": versions, "families": counts}))
-    names = ("compare", "compare/kinds", "compare/ranking", "reducers", "families", "mini_llava")
+    names = ("compare", "compare/kinds", "compare/ranking", "reducers", "families", "mini_llava", "speed/gpu")
     blocks = "".join(f"<!-- table:{name} -->\nold\n<!-- /table -->\n" for name in names)
     blocks += "(<!-- table:compare/note -->old<!-- /table -->)\n"
     (tmp_path / "README.md").write_text("# Title\n" + blocks + "The end.\n")
@@ -86,6 +88,7 @@ def test_writes_all_tables_and_nothing_else(script, project):
     assert f"| `llava_next` | ✓ / refused | refused | {none} |" in text
     assert f"| `vipllava` | {none} | {none} | {none} |" in text, "served, but not tested"
     assert "transformers 5.23, torch 2.15" in text
+    assert "Not measured on a GPU yet: `python benchmarks/gpu_all.py` does it." in text
     assert (
         "(<!-- table:compare/note -->320 questions, 2 CPU threads, torch 2.15, transformers 5.23<!-- /table -->)"
         in text

@@ -8,7 +8,7 @@ from finished import save_run, save_table
 from typer.testing import CliRunner
 
 from vtoken.cli import app
-from vtoken.eval.store import Store
+from vtoken.eval.store.results import Store
 
 EVIL = "</script><img src=x onerror=alert(1)><script>document.title='broken'</script>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -11,7 +11,7 @@ from taskfolder import write_task_folder
 from typer.testing import CliRunner
 
 from vtoken.cli import app
-from vtoken.eval.runner import Runner
+from vtoken.eval.running.runner import Runner
 
 
 @pytest.fixture

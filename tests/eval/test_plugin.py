@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vtoken.eval.harness import load_harness
+from vtoken.eval.harness.driver import load_harness
 from vtoken.eval.plugin import manifests
 from vtoken.eval.tasks import FOLDER
 
@@ -18,7 +18,7 @@ LMMS_EVAL = shutil.which("lmms-eval", path=str(Path(sys.executable).parent)) or 
 
 def test_the_manifest_names_a_chat_model():
     (manifest,) = manifests()
-    assert (manifest.model_id, manifest.chat_class_path) == ("vtoken", "vtoken.eval.model.ReducedModel")
+    assert (manifest.model_id, manifest.chat_class_path) == ("vtoken", "vtoken.eval.model.reduced.ReducedModel")
     assert manifest.simple_class_path is None
 
 
@@ -41,7 +41,7 @@ def test_evaluates_end_to_end(checkpoint, private_cache, tmp_path):
 @pytest.mark.parametrize("arguments", ["pretrained=a/b,reducer=foprue", "pretrained=a/b,reducer=fopru,kep=0.5", ""])
 def test_wrong_arguments_are_errors(arguments):
     load_harness()
-    from vtoken.eval.model import ReducedModel
+    from vtoken.eval.model.reduced import ReducedModel
 
     with pytest.raises(ValueError, match=r"did you mean|model is missing"):
         ReducedModel.create_from_arg_string(arguments, {"batch_size": 1, "device": None})
@@ -49,7 +49,7 @@ def test_wrong_arguments_are_errors(arguments):
 
 def test_under_the_command_line_of_lmms_eval_errors_end_the_process(monkeypatch, capsys):
     load_harness()
-    from vtoken.eval.model import ReducedModel
+    from vtoken.eval.model.reduced import ReducedModel
 
     monkeypatch.setitem(sys.modules, "lmms_eval.__main__", object())
     with pytest.raises(SystemExit) as stop:

@@ -15,12 +15,12 @@ from rich.table import Table
 from vtoken.cli.console import FAILED, INTERRUPTED, err, out, sentences
 
 if TYPE_CHECKING:
-    from vtoken.eval.cells import Cell
+    from vtoken.eval.comparison.summary import Row
     from vtoken.eval.errors import EvalError
     from vtoken.eval.executors import Executor
-    from vtoken.eval.loading import ModelSpec
-    from vtoken.eval.store import Store
-    from vtoken.eval.summary import Row
+    from vtoken.eval.model.loading import ModelSpec
+    from vtoken.eval.store.results import Store
+    from vtoken.eval.sweeps.cells import Cell
 
 
 def run_cells(
@@ -45,7 +45,7 @@ def run_cells(
     executor : Executor, optional
         What runs; this process by default.
     unresolved : mapping, optional
-        Models whose cells fail, and why, see `vtoken.eval.plan.Pins`.
+        Models whose cells fail, and why, see `vtoken.eval.sweeps.plan.Pins`.
     """
     if fresh:
         for cell in cells:
@@ -73,7 +73,7 @@ def _run(
     from vtoken.cli.progress import CellProgress
     from vtoken.eval.errors import EvalError
     from vtoken.eval.executors import get_executor
-    from vtoken.eval.plan import fail_unresolved
+    from vtoken.eval.sweeps.plan import fail_unresolved
 
     executor = executor or get_executor("local")
     todo = [cell for cell in cells if store.result(cell.id) is None]
@@ -98,13 +98,13 @@ def _run(
 
 def show_cells(cells: Sequence[Cell], store: Store, sweep: Mapping[str, Any]) -> None:
     """Print the table of finished and failed cells and write the reports beside them."""
-    from vtoken.eval.cost import BATCH
-    from vtoken.eval.published import LEGEND as PUBLISHED_LEGEND
-    from vtoken.eval.published import beside_table
-    from vtoken.eval.render import LEGEND, failures
-    from vtoken.eval.report import CAVEAT, write_reports
-    from vtoken.eval.runs import runs_of
-    from vtoken.eval.summary import rows_of
+    from vtoken.eval.comparison.runs import runs_of
+    from vtoken.eval.comparison.summary import rows_of
+    from vtoken.eval.report.page import CAVEAT, write_reports
+    from vtoken.eval.report.published import LEGEND as PUBLISHED_LEGEND
+    from vtoken.eval.report.published import beside_table
+    from vtoken.eval.report.render import LEGEND, failures
+    from vtoken.eval.running.cost import BATCH
 
     runs = runs_of(cells, store)
     rows = rows_of(runs)
@@ -124,7 +124,7 @@ def show_cells(cells: Sequence[Cell], store: Store, sweep: Mapping[str, Any]) ->
 
 def _beside(lines: Sequence[Sequence[str]]) -> Table:
     """Published numbers beside ours."""
-    from vtoken.eval.published import BESIDE
+    from vtoken.eval.report.published import BESIDE
 
     table = Table(title="Published numbers beside ours", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for name in BESIDE:
@@ -136,7 +136,7 @@ def _beside(lines: Sequence[Sequence[str]]) -> Table:
 
 def build_table(rows: Sequence[Row], console: Console) -> Table:
     """The table, in the wide form if that fits."""
-    from vtoken.eval.render import layouts
+    from vtoken.eval.report.render import layouts
 
     full, narrow = layouts(rows)
     wide = _columns_table(rows, full)
@@ -145,7 +145,7 @@ def build_table(rows: Sequence[Row], console: Console) -> Table:
 
 
 def _columns_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> Table:
-    from vtoken.eval.render import place_columns
+    from vtoken.eval.report.render import place_columns
 
     places, questions = place_columns(rows), max((row.documents for row in rows), default=0)
     title = ", ".join(dict.fromkeys(f"{row.model} on {row.task}" for row in rows)) + f", {questions} questions"

@@ -14,9 +14,9 @@ from vtoken.cli.console import sentences
 from vtoken.cli.finished import Format, compare_finished
 
 if TYPE_CHECKING:
-    from vtoken.eval.cells import Cell
-    from vtoken.eval.store import Store
-    from vtoken.eval.sweep import Sweep
+    from vtoken.eval.store.results import Store
+    from vtoken.eval.sweeps.cells import Cell
+    from vtoken.eval.sweeps.sweep import Sweep
 
 FOLDER = Path("vtoken-results")
 
@@ -94,9 +94,9 @@ def _items(text: str | None) -> list[Any] | None:
 
 
 def _prepare(overrides: dict[str, Any], name: str, folder: Path) -> tuple[Sweep, list[Cell], Store]:
-    from vtoken.eval.harness import require
-    from vtoken.eval.store import Store
-    from vtoken.eval.sweep import load_sweep, shipped_sweep
+    from vtoken.eval.harness.driver import require
+    from vtoken.eval.store.results import Store
+    from vtoken.eval.sweeps.sweep import load_sweep, shipped_sweep
 
     require()
     sweep = load_sweep(shipped_sweep(name), overrides)

@@ -14,8 +14,8 @@ from vtoken.cli.cells import build_table
 from vtoken.cli.console import out
 
 if TYPE_CHECKING:
-    from vtoken.eval.runs import Run
-    from vtoken.eval.summary import Row
+    from vtoken.eval.comparison.runs import Run
+    from vtoken.eval.comparison.summary import Row
 
 
 class Format(StrEnum):
@@ -62,7 +62,7 @@ def read_rows(names: Sequence[str], baseline: str | None, searched: Path) -> tup
     EvalError
         If something is not there or cannot be compared.
     """
-    from vtoken.eval.summary import rows_of
+    from vtoken.eval.comparison.summary import rows_of
 
     given = dict.fromkeys(name for name in (baseline, *names) if name is not None)
     short = {name: Path(name).name for name in given}
@@ -78,7 +78,7 @@ def read_rows(names: Sequence[str], baseline: str | None, searched: Path) -> tup
 
 def _read(name: str, names: Iterable[str], searched: Path) -> list[Run]:
     """The runs behind an argument."""
-    from vtoken.eval.runs import find_cell, read_runs
+    from vtoken.eval.comparison.runs import find_cell, read_runs
 
     folders = [folder for folder in (*map(Path, names), searched) if folder.is_dir()]
     place = Path(name) if Path(name).is_dir() else find_cell(name, folders)
@@ -115,7 +115,7 @@ def _list(names: Iterable[str]) -> str:
 
 def _twin(run: Run, others: Sequence[Run]) -> Run | None:
     """The same reducer at the same budget on the same task; else the only run of the task, else the unpruned one."""
-    from vtoken.eval.runs import UNPRUNED
+    from vtoken.eval.comparison.runs import UNPRUNED
 
     same_task = [other for other in others if other.task == run.task and other.samples]
     same_model = [other for other in same_task if other.model == run.model] or same_task
@@ -125,8 +125,9 @@ def _twin(run: Run, others: Sequence[Run]) -> Run | None:
 
 
 def _write(rows: Sequence[Row], form: Format, file: Path | None, remarks: Sequence[str]) -> None:
-    from vtoken.eval.cost import BATCH
-    from vtoken.eval.render import failures, legend, notes
+    from vtoken.eval.report.page import write_file
+    from vtoken.eval.report.render import failures, legend, notes
+    from vtoken.eval.running.cost import BATCH
 
     console = out()
     if form is Format.TABLE and file is None:
@@ -137,7 +138,7 @@ def _write(rows: Sequence[Row], form: Format, file: Path | None, remarks: Sequen
     elif file is None:
         console.print(_text(rows, form), end="", markup=False, highlight=False, soft_wrap=True)
     else:
-        _save(_text(rows, form), file)
+        write_file(file, _text(rows, form))
         console.print(f"Written: {file}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -145,8 +146,8 @@ def _text(rows: Sequence[Row], form: Format) -> str:
     from rich.console import Console
 
     from vtoken.cli.console import PIPE_WIDTH
-    from vtoken.eval.export import as_csv, as_latex, as_markdown
-    from vtoken.eval.render import TEXT, layouts, place_columns
+    from vtoken.eval.report.export import as_csv, as_latex, as_markdown
+    from vtoken.eval.report.render import TEXT, layouts, place_columns
 
     if form is Format.CSV:
         return as_csv(rows)
@@ -161,13 +162,3 @@ def _text(rows: Sequence[Row], form: Format) -> str:
     ]
     write = as_markdown if form is Format.MARKDOWN else as_latex
     return write([*places, *columns], [[cell.strip() for cell in line] for line in lines], TEXT)
-
-
-def _save(text: str, file: Path) -> None:
-    from vtoken.eval.errors import EvalError
-    from vtoken.eval.store import write_atomic
-
-    try:
-        write_atomic(file, text)
-    except OSError as error:
-        raise EvalError(f"The file {str(file)!r} cannot be written: {error.strerror}.") from None

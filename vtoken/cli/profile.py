@@ -87,7 +87,7 @@ def _random(name: str, dtype: str, device: str | None) -> Any:
 
 
 def _loaded(name: str, dtype: str, device: str | None) -> Any:
-    from vtoken.eval.loading import ModelSpec, load_model
+    from vtoken.eval.model.loading import ModelSpec, load_model
 
     return load_model(ModelSpec(name, dtype=dtype, device=device))[0]
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vtoken.eval.cells import Cell
-from vtoken.eval.listener import Listener
-from vtoken.eval.loading import ModelSpec
+from vtoken.eval.model.loading import ModelSpec
+from vtoken.eval.running.listener import Listener
+from vtoken.eval.sweeps.cells import Cell
 
 
 class CellProgress(Listener):

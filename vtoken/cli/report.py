@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ import typer
 from vtoken.cli.console import err, out, sentences
 
 if TYPE_CHECKING:
-    from vtoken.eval.regressions import Regression
+    from vtoken.eval.comparison.regressions import Regression
 
 
 def report_command(
@@ -26,10 +25,10 @@ def report_command(
     with sentences():
         from transformers.utils.logging import disable_progress_bar
 
-        from vtoken.eval.pictures import draw_regressions
-        from vtoken.eval.report import render_html, write_file
-        from vtoken.eval.runs import read_runs
-        from vtoken.eval.summary import rows_of
+        from vtoken.eval.comparison.runs import read_runs
+        from vtoken.eval.comparison.summary import rows_of
+        from vtoken.eval.report.page import render_html, write_file
+        from vtoken.eval.report.pictures import draw_regressions
 
         runs = read_runs(folder)
         disable_progress_bar()  # of loading weights
@@ -48,8 +47,8 @@ def _announce(regression: Regression) -> None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """What the command that made the results was told, where it says so."""
-    try:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    from vtoken.eval.comparison.runs import TABLE
+    from vtoken.eval.store.results import read_json
+
+    found = (read_json(folder / TABLE) or {}).get("settings")
     return found if isinstance(found, dict) else {}

@@ -18,11 +18,11 @@ from vtoken.cli.cells import run_cells, show_cells
 from vtoken.cli.console import err, out, sentences
 
 if TYPE_CHECKING:
-    from vtoken.eval.cells import Cell
     from vtoken.eval.errors import EvalError
     from vtoken.eval.executors import Executor
-    from vtoken.eval.loading import ModelSpec
-    from vtoken.eval.sweep import Sweep
+    from vtoken.eval.model.loading import ModelSpec
+    from vtoken.eval.sweeps.cells import Cell
+    from vtoken.eval.sweeps.sweep import Sweep
 
 
 def sweep_command(
@@ -40,10 +40,10 @@ def sweep_command(
 ) -> None:
     """Run the sweep of a YAML file; stop it, run it again, and it goes on."""
     with sentences():
-        from vtoken.eval.harness import require
-        from vtoken.eval.plan import Pins
-        from vtoken.eval.store import Store
-        from vtoken.eval.sweep import load_sweep
+        from vtoken.eval.harness.driver import require
+        from vtoken.eval.store.results import Store
+        from vtoken.eval.sweeps.plan import Pins
+        from vtoken.eval.sweeps.sweep import load_sweep
 
         require()
         path = _find(file)
@@ -63,15 +63,9 @@ def sweep_command(
 
 
 def _find(file: str) -> Path:
-    from vtoken.eval.errors import unknown
-    from vtoken.eval.sweep import shipped_sweeps
+    from vtoken.eval.sweeps.sweep import shipped_sweep
 
-    shipped = shipped_sweeps()
-    if Path(file).is_file() or file.endswith((".yaml", ".yml")):
-        return Path(file)
-    if file not in shipped:
-        raise unknown("sweep", file, shipped)
-    return shipped[file]
+    return Path(file) if Path(file).is_file() or file.endswith((".yaml", ".yml")) else shipped_sweep(file)
 
 
 def _executor(sweep: Sweep, name: str, address: str | None) -> Executor:
@@ -85,8 +79,8 @@ def _executor(sweep: Sweep, name: str, address: str | None) -> Executor:
 
 def _show_plan(cells: Sequence[Cell], root: Path, problems: Mapping[ModelSpec, EvalError]) -> None:
     """Print the cells with their states, their count and how long they may take."""
-    from vtoken.eval.plan import State, estimate, states
-    from vtoken.eval.store import Store
+    from vtoken.eval.store.results import Store
+    from vtoken.eval.sweeps.plan import State, estimate, states
 
     store = Store(root) if root.is_dir() else None
     found = states(cells, store)

@@ -20,7 +20,7 @@ def tasks_command(
 ) -> None:
     """What can be run, what it needs, and what silently goes wrong with it."""
     with sentences():
-        from vtoken.eval import catalogue
+        from vtoken.eval.harness import catalogue
 
         infos = catalogue.matching(pattern) if pattern else [*catalogue.bundled(), *catalogue.notable()]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

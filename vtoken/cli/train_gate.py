@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from vtoken.cli.console import sentences
 from vtoken.cli.training import BatchSize, Data, Fresh, Model, Out, Rate, Seed, Steps, train_part
 
 Hidden = Annotated[int, typer.Option(help="Width of the gates; 2048 is the authors'.")]
@@ -27,9 +26,7 @@ def train_gate_command(
     fresh: Fresh = False,
 ) -> None:
     """Train the gates of DyVTE (arXiv 2411.19628) for a frozen model; the defaults are the authors'."""
-    with sentences():
-        from vtoken.training import Plan, train_gate
+    from vtoken.training import train_gate
 
-        plan = Plan(steps, batch_size, lr, seed)
-    train = functools.partial(train_gate, hidden=hidden)
-    train_part(train, model, data, out, plan, fresh, "reducer dyvte, exit='gate', gate={}")
+    train, use = functools.partial(train_gate, hidden=hidden), "reducer dyvte, exit='gate', gate={}"
+    train_part(train, use, model, data, out, fresh, steps=steps, batch_size=batch_size, lr=lr, seed=seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vtoken.cli.console import sentences
 from vtoken.cli.training import BatchSize, Data, Fresh, Model, Out, Rate, Seed, Steps, train_part
 
 
@@ -20,8 +19,7 @@ def train_scorer_command(
     fresh: Fresh = False,
 ) -> None:
     """Train the network that predicts relevance (arXiv 2506.01097) for a frozen model."""
-    with sentences():
-        from vtoken.training import Plan, train_scorer
+    from vtoken.training import train_scorer
 
-        plan = Plan(steps, batch_size, lr, seed)
-    train_part(train_scorer, model, data, out, plan, fresh, "reducer explain, checkpoint={}")
+    use = "reducer explain, checkpoint={}"
+    train_part(train_scorer, use, model, data, out, fresh, steps=steps, batch_size=batch_size, lr=lr, seed=seed)

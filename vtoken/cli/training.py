@@ -5,15 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vtoken.cli.console import INTERRUPTED, err, out, sentences
-
-if TYPE_CHECKING:
-    from vtoken.training import Plan
 
 Model = Annotated[str, typer.Option("-m", "--model", help="Embedded model, folder or hub id; it stays frozen.")]
 Data = Annotated[
@@ -29,7 +26,13 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of goin
 
 
 def train_part(
-    train: Callable[..., list[float]], model: str, data: Path | None, path: Path, plan: Plan, fresh: bool, use: str
+    train: Callable[..., list[float]],
+    use: str,
+    model: str,
+    data: Path | None,
+    path: Path,
+    fresh: bool,
+    **numbers: Any,
 ) -> None:
     """Load the model and its examples, train with progress, and say how the result is used.
 
@@ -39,12 +42,17 @@ def train_part(
         ``train(model, processor, source, path, plan=..., about=..., report=...)``.
     use : str
         The reducer's parameters that name the checkpoint, with ``{}`` for its path.
+    model, data, path, fresh
+        As on the command line.
+    **numbers
+        Of the `Plan`.
     """
     with sentences():
+        from vtoken.training.loop import Plan, discard
+
+        plan = Plan(**numbers)
         vlm, processor, source = _load(model, data, plan.seed)
         if fresh:
-            from vtoken.training.loop import discard
-
             discard(path)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err(), transient=True, disable=not err().is_terminal) as bars:
@@ -77,7 +85,7 @@ def _load(model: str, data: Path | None, seed: int) -> tuple[Any, Any, Any]:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from vtoken.eval.loading import ModelSpec, load_model
+    from vtoken.eval.model.loading import ModelSpec, load_model
     from vtoken.training import JsonlSource, MiniSource
 
     spec = ModelSpec(model)

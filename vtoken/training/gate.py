@@ -19,8 +19,9 @@ from vtoken.observe import Observe
 from vtoken.reducers.checks import check_count
 from vtoken.reducers.exits import question_summary
 from vtoken.reducers.vtw import VTW
-from vtoken.training.examples import IGNORED, Source, collate
-from vtoken.training.loop import Plan, Report, descend
+from vtoken.training.beside import initial_weights, train_beside
+from vtoken.training.examples import IGNORED, Batch, Source
+from vtoken.training.loop import Plan, Report
 from vtoken.wrapping import reduce
 
 HIDDEN = 2048  # of the authors
@@ -77,25 +78,22 @@ def train_gate(
         If a parameter is out of range, or ``out`` holds something else.
     """
     check_count("hidden", hidden)
-    adapter = adapter_for(model)
-    width, depth = model.get_input_embeddings().weight.shape[1], len(adapter.layers)  # type: ignore[operator]
-    device = adapter.language_model.device
-    gates = make_gates(width, depth, hidden, plan.seed).to(device)
+    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    depth = len(adapter_for(model).layers)
+    gates = make_gates(width, depth, hidden, plan.seed)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(step: int, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         layer = int(np.random.default_rng([plan.seed, step]).integers(depth - 1))
-        batch = collate(processor, source.draw(step, plan.batch_size), device)
         summary, label = gate_example(model, batch.whole, batch.labels, layer)
         return functional.cross_entropy(gates[str(layer)](summary), label), {"exits": float(label.float().mean())}
 
     described = {"part": "dyvte gate", "hidden": hidden, "width": width, "depth": depth, **(about or {})}
-    return descend(gates, loss_at, plan, out, described, report)
+    return train_beside(model, processor, source, gates, loss_of, plan, out, described, report)
 
 
 def make_gates(width: int, depth: int, hidden: int, seed: int) -> nn.ModuleDict:
     """An untrained gate for every layer of the decoder but the last one."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with initial_weights(seed):
         return nn.ModuleDict(
             {
                 str(layer): nn.Sequential(

@@ -16,8 +16,9 @@ from vtoken.explain import relevance
 from vtoken.observe import Observe
 from vtoken.reducers.checks import check_count
 from vtoken.reducers.explain import first_layer_maps, predict
-from vtoken.training.examples import Source, collate
-from vtoken.training.loop import Plan, Report, descend
+from vtoken.training.beside import initial_weights, train_beside
+from vtoken.training.examples import Batch, Source
+from vtoken.training.loop import Plan, Report
 from vtoken.wrapping import reduce
 
 PLAN = Plan(steps=300, batch_size=16, lr=3e-3)
@@ -43,20 +44,10 @@ def train_scorer(
 
     Parameters
     ----------
-    model : nn.Module
-        An unwrapped model that `vtoken.adapters` knows; it is not changed.
-    processor : object
-        Its processor.
-    source : Source
-        Where questions and answers come from.
-    out : Path
-        A ``.safetensors`` file. An unfinished training of the same parameters is gone on with.
-    plan : Plan
-        Steps, batch size, learning rate and seed.
+    model, processor, source, out, plan, about
+        As in `vtoken.training.train_gate`.
     channels : int
         Width of the network.
-    about : mapping, optional
-        Further metadata, such as the model's name.
     report : callable, optional
         Called after every step with the loss and the share of relevance in the best quarter of the tokens.
 
@@ -71,26 +62,22 @@ def train_scorer(
         If a parameter is out of range, or ``out`` holds something else.
     """
     check_count("channels", channels)
-    adapter = adapter_for(model)
-    heads = adapter.language_model.config.num_attention_heads
-    device = adapter.language_model.device
-    scorer = make_scorer(2 * heads, channels, plan.seed).to(device)
+    heads = adapter_for(model).language_model.config.num_attention_heads
+    scorer = make_scorer(2 * heads, channels, plan.seed)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        batch = collate(processor, source.draw(step, plan.batch_size), device)
+    def loss_of(step: int, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         wanted = torch.nn.utils.rnn.pad_sequence(relevance(model, batch.whole, batch.labels), True)
         maps, ctx = observed_maps(model, batch.prompt)
         scores = predict(maps, ctx, dict(scorer.named_parameters()))
         return distribution_loss(scores, wanted, ctx.candidates)
 
     described = {"part": "relevance scorer", "maps": 2 * heads, "channels": channels, **(about or {})}
-    return descend(scorer, loss_at, plan, out, described, report)
+    return train_beside(model, processor, source, scorer, loss_of, plan, out, described, report)
 
 
 def make_scorer(maps: int, channels: int, seed: int) -> nn.Sequential:
     """An untrained network: 3 x 3, 3 x 3 and 1 x 1 convolutions."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with initial_weights(seed):
         return nn.Sequential(
             nn.Conv2d(maps, channels, 3, padding=1),
             nn.GELU(),

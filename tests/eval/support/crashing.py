@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from vtoken.eval.listener import Listener
-from vtoken.eval.runner import Runner
-from vtoken.eval.store import Store
+from vtoken.eval.running.listener import Listener
+from vtoken.eval.running.runner import Runner
+from vtoken.eval.store.results import Store
 
 
 class Pipe(Listener):

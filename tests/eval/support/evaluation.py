@@ -8,9 +8,9 @@ import functools
 import pytest
 
 import vtoken
-from vtoken.eval.cells import Cell
-from vtoken.eval.loading import ModelSpec, model_type, weights_id
-from vtoken.eval.tasksource import resolve_tasks
+from vtoken.eval.harness.tasksource import resolve_tasks
+from vtoken.eval.model.loading import ModelSpec, model_type, weights_id
+from vtoken.eval.sweeps.cells import Cell
 from vtoken.mini.model import build_model, build_processor
 
 

@@ -7,9 +7,9 @@ import json
 
 import numpy as np
 
-from vtoken.eval.cells import Cell
-from vtoken.eval.store import Store
-from vtoken.eval.summary import summarize
+from vtoken.eval.comparison.summary import summarize
+from vtoken.eval.store.results import Store
+from vtoken.eval.sweeps.cells import Cell
 
 KINDS = ("color", "digit")
 

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only place that imports and drives lmms-eval: one task, one loaded model, one call.
+
+lmms-eval is used for tasks, prompts and scoring. What it does to a program that embeds it is undone here: importing it
+removes all loguru sinks and adds warning filters, evaluating draws progress bars.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from vtoken.eval.errors import EvalError, MissingExtraError
+
+REASONING_TAGS = '[["<think>","</think>"],["<analysis>","</analysis>"]]'  # the default of lmms-eval's command line
+
+
+def is_installed() -> bool:
+    """Whether lmms-eval can be imported, without importing it."""
+    return importlib.util.find_spec("lmms_eval") is not None
+
+
+def task_folder() -> Path:
+    """Where lmms-eval's own task YAMLs are, without importing it."""
+    require()
+    spec = importlib.util.find_spec("lmms_eval")
+    folders = spec.submodule_search_locations if spec else None
+    assert folders, "require has found the package"
+    return Path(folders[0]) / "tasks"
+
+
+def require() -> None:
+    """Check that lmms-eval can be imported.
+
+    Raises
+    ------
+    MissingExtraError
+        If it is not installed.
+    """
+    if not is_installed():
+        raise MissingExtraError("Evaluation", "lmms-eval")
+
+
+@functools.cache
+def load_harness() -> Any:
+    """Import ``lmms_eval.evaluator``; takes seconds, the host's log sinks and warning filters survive."""
+    require()
+    from loguru import logger
+
+    quiet = lambda *args, **kwargs: 0  # noqa: E731
+    sinks = mock.patch.object(logger, "remove", quiet), mock.patch.object(logger, "add", quiet)
+    with warnings.catch_warnings(), sinks[0], sinks[1], _no_log():
+        return importlib.import_module("lmms_eval.evaluator")
+
+
+@contextlib.contextmanager
+def _no_log() -> Iterator[None]:
+    from loguru import logger
+
+    logger.disable("lmms_eval")
+    try:
+        yield
+    finally:
+        logger.enable("lmms_eval")
+
+
+@contextlib.contextmanager
+def _no_bars(evaluator: Any) -> Iterator[None]:
+    """lmms-eval forces its progress bars on; they would tear our own display."""
+    from tqdm import tqdm
+
+    task_module = importlib.import_module("lmms_eval.api.task")
+    silent = lambda *args, **kwargs: tqdm(*args, **{**kwargs, "disable": True})  # noqa: E731
+    with mock.patch.object(evaluator, "tqdm", silent), mock.patch.object(task_module, "tqdm", silent):
+        yield
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What lmms-eval found: its log of every sample, sorted by document, and its aggregated metrics."""
+
+    samples: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+
+def evaluate(model: Any, task: Any, *, limit: int | None, seed: int, output: Path) -> Evaluation:
+    """Run one task on a loaded model.
+
+    Parameters
+    ----------
+    model : ReducedModel
+        The model, with its reducer at work.
+    task : lmms_eval.api.task.Task
+        A task object; it can be used again.
+    limit : int, optional
+        Number of documents. lmms-eval would take a fraction of the first task for all of them: absolute numbers only.
+    seed : int
+        Of Python, numpy and torch.
+    output : Path
+        Where tasks write submission files.
+
+    Raises
+    ------
+    EvalError
+        If the task has no documents, or under a launcher of distributed programs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # lmms-eval would give every rank a part of the documents
+        raise EvalError("vtoken starts its processes itself: run it without torchrun and accelerate launch.")
+    evaluator = load_harness()
+    # Without cli_args lmms-eval strips no reasoning tags, decodes every image twice and writes into the working
+    # directory (`lmms_eval.evaluator.evaluate`).
+    arguments = argparse.Namespace(
+        output_path=str(output), process_with_media=False, reasoning_tags=REASONING_TAGS, log_samples=True
+    )
+    manager = _empty_manager()
+    with _no_log(), _no_bars(evaluator):
+        results = evaluator.simple_evaluate(
+            model=model,
+            model_args=str(model),
+            tasks=[task],
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            cli_args=arguments,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            process_docs_parallel=1,
+        )
+    name = task.config.task
+    first_filter = {sample["doc_id"]: sample for sample in reversed(results["samples"][name])}
+    if not first_filter:
+        raise EvalError(f"The task {name!r} has no documents.")
+    return Evaluation([first_filter[doc_id] for doc_id in sorted(first_filter)], dict(results["results"][name]))
+
+
+class _CollectedError(Exception):
+    """Carries requests out of lmms-eval."""
+
+    def __init__(self, requests: list[Any]) -> None:
+        super().__init__()
+        self.requests = requests
+
+
+def collect_requests(model: Any, task: Any, *, limit: int | None, seed: int, output: Path) -> list[Any]:
+    """What `evaluate` would ask the model, in its order; the model is asked nothing, but shown the documents."""
+
+    def collect(requests: list[Any]) -> None:
+        raise _CollectedError(requests)
+
+    with mock.patch.object(model, "generate_until", collect):
+        try:
+            evaluate(model, task, limit=limit, seed=seed, output=output)
+        except _CollectedError as found:
+            return found.requests
+    return []
+
+
+@functools.cache
+def _empty_manager() -> Any:
+    """Knows no task: without one lmms-eval would index its 1,900 YAML files at every call."""
+    return task_manager(include_defaults=False)
+
+
+def task_manager(**options: Any) -> Any:
+    """An index of lmms-eval tasks."""
+    load_harness()
+    from lmms_eval.tasks import TaskManager
+
+    with _no_log():
+        return TaskManager(**options)
+
+
+def task_object(name: str, manager: Any) -> Any:
+    """The task of that name, for chat models; loads its data."""
+    from lmms_eval.tasks import get_task_dict
+
+    with _no_log():
+        return get_task_dict([name], manager, "chat")[name]

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One try of a cell, and how it enters the outcome of a run."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any
+
+from vtoken.eval.running.listener import Listener, Outcome
+from vtoken.eval.sweeps.cells import Cell
+
+
+class Status(Enum):
+    """What became of an attempt at a cell."""
+
+    FINISHED = "finished"
+    SKIPPED = "skipped"  # it was there already
+    FAILED = "failed"
+    BUSY = "busy"  # another runner is at it
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try of a cell.
+
+    Parameters
+    ----------
+    result : dict, optional
+        Of a cell that finished.
+    failure : dict, optional
+        What a cell that failed left in the store.
+    unloadable : str
+        Why the cell's model cannot be loaded, if that is how it failed.
+    wrong_input : bool
+        Whether it failed in a way that another try cannot change.
+    """
+
+    status: Status
+    result: dict[str, Any] | None = None
+    failure: dict[str, Any] | None = None
+    unloadable: str = ""
+    wrong_input: bool = False
+
+
+def conclude(cell: Cell, attempt: Attempt, outcome: Outcome, listener: Listener) -> None:
+    """Enter the end of a cell and tell it."""
+    if attempt.status is Status.FINISHED:
+        outcome.finished.append(cell)
+        listener.finished(cell, attempt.result or {})
+    elif attempt.status is Status.SKIPPED:
+        outcome.skipped.append(cell)
+        listener.skipped(cell)
+    elif attempt.status is Status.FAILED:
+        outcome.failed.append(cell)
+        listener.failed(cell, attempt.failure or {})
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong; lmms-eval wraps errors of datasets and scoring into a `tenacity.RetryError`."""
+    attempt = getattr(error, "last_attempt", None)
+    inner = attempt.exception() if attempt is not None else None
+    return str(inner or error) or type(inner or error).__name__
+
+
+def failure_of(cell: Cell, error: BaseException) -> dict[str, Any]:
+    """What is recorded of a cell that raised."""
+    return {
+        "cell": cell.config(),
+        "error": reason(error),
+        "traceback": "".join(traceback.format_exception(error)),
+        "at": datetime.now(UTC).isoformat(),
+    }

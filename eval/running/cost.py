@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures the prefill of each cell on the first questions of its task, apart from the accuracy run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vtoken.eval.harness.tasksource import load_task
+from vtoken.eval.running.attempt import reason
+from vtoken.eval.running.runner import POLL, Runner
+from vtoken.eval.sweeps.cells import Cell
+from vtoken.profile import measure_prefill
+
+BATCH = 4  # prompts at once: enough that the arithmetic outweighs the overhead, few enough to be quick
+
+
+def measure_cells(
+    cells: Sequence[Cell], runner: Runner, *, batch: int = BATCH, before: Callable[[Cell], None] = lambda cell: None
+) -> dict[Cell, str]:
+    """Profile the finished cells that have no profile yet.
+
+    Returns
+    -------
+    dict
+        Cells that could not be measured, with the reason; their accuracy stands.
+    """
+    failed: dict[Cell, str] = {}
+    store = runner.store
+    left = [cell for cell in cells if store.result(cell.id) is not None]
+    locks = {cell.id: store.lock(cell.id) for cell in left}
+    while left := [cell for cell in left if store.profile(cell.id) is None and cell not in failed]:
+        held_elsewhere = 0
+        for cell in left:
+            with locks[cell.id].attempt() as held:
+                if not held:
+                    held_elsewhere += 1
+                elif store.profile(cell.id) is None:
+                    before(cell)
+                    if why := _measure(cell, runner, batch):
+                        failed[cell] = why
+        if held_elsewhere == len(left):
+            runner.listener.waiting(left)
+            time.sleep(POLL)
+    return failed
+
+
+def _measure(cell: Cell, runner: Runner, batch: int) -> str:
+    """Measure and save; returns why that did not work, "" if it did."""
+    try:
+        model = runner.model(cell)
+        cost = measure_prefill(model.model, cell.reducer, first_inputs(cell, model, batch))
+    except Exception as error:
+        return reason(error)
+    runner.store.save_profile(cell.id, cost.as_dict())
+    return ""
+
+
+def first_inputs(cell: Cell, model: Any, batch: int) -> Any:
+    """Encoded prompts of the first documents of a cell's task."""
+    from lmms_eval.protocol import ChatMessages
+
+    task = load_task(cell.task.name, cell.model_type, cell.task.folder)
+    docs = [task.eval_docs[i] for i in range(min(batch, len(task.eval_docs)))]
+    talks = [ChatMessages(messages=task.doc_to_messages(doc)).to_hf_messages() for doc in docs]
+    return model.encode(talks)
