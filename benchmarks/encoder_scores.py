@@ -18,13 +18,19 @@ from vtoken import EncoderRead
 from vtoken.adapters import adapter_for
 from vtoken.adapters.synthetic import synthetic_inputs
 from vtoken.encode import encode
+from vtoken.encoder import STATISTICS as FUNCTIONS
+from vtoken.profile.memory import peak_bytes
 from vtoken.profile.shapes import random_model, shape_config
 from vtoken.tower import VisionReader
 
 TOWERS = {"clip-l": "llava-1.5-7b", "siglip-so400m": "llava-onevision-7b", "qwen2.5-vl": "qwen2.5-vl-7b"}
 STATISTICS = ("cls", "cls_logits", "received", "given", "keys")
-DEPTH = 6
-"""Blocks of a tower on a CPU."""
+DEPTH = 8
+"""Blocks of a tower on a CPU: an eighth of Qwen2.5-VL's attend to the whole picture."""
+TOKENS = {"cpu": 576}
+"""Visual tokens by device."""
+LONG = 16384
+"""Patches of one picture, for the memory."""
 
 
 def tower_model(shape: str, args: Any) -> tuple[Any, int]:
@@ -54,7 +60,7 @@ def measure(tower: str, args: Any) -> dict[str, Any]:
     """Times of the tower alone and with each statistic."""
     model, full = tower_model(TOWERS[tower], args)
     adapter = adapter_for(model)
-    inputs = synthetic_inputs(model, 1, 64 if args.quick else 1024)
+    inputs = synthetic_inputs(model, 1, 64 if args.quick else TOKENS.get(args.device, 1024))
     wanted = [what for what in STATISTICS if adapter.leading_tokens or not what.startswith("cls")]
     readers = {"nothing": VisionReader(adapter, (), False)}
     readers |= {what: VisionReader(adapter, (EncoderRead(what),), False) for what in wanted}
@@ -73,10 +79,21 @@ def measure(tower: str, args: Any) -> dict[str, Any]:
     return {"blocks": depth, "full_blocks": full, "tokens": int(inputs["input_ids"].shape[1]), "times": times}
 
 
+def long_picture(args: Any) -> dict[str, int]:
+    """Peak memory of received attention over many patches, and what one head's N x N matrix would take."""
+    patches = 1024 if args.quick else LONG
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, patches, 64, generator=generator).to(args.device) for _ in range(2))
+    peak = peak_bytes(lambda: FUNCTIONS["received"](query, key, 0.125, 0), query.device)
+    print(f"received attention of {patches} patches: {peak / 2**20:.0f} MiB at most", flush=True)
+    return {"patches": patches, "peak_bytes": peak, "full_matrix_bytes": patches**2 * 4}
+
+
 def main() -> None:
-    """Measure all towers."""
-    args = arguments(__doc__)
-    save("encoder_scores", {tower: measure(tower, args) for tower in TOWERS}, args)
+    """Measure all towers, then the memory."""
+    args = arguments(__doc__, rounds=3)
+    towers = {tower: measure(tower, args) for tower in TOWERS}
+    save("encoder_scores", {"towers": towers, "long": long_picture(args)}, args)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -65,11 +67,20 @@ def geometric_mean(values: Sequence[float]) -> float:
     return float(torch.tensor(values, dtype=torch.double).log().mean().exp())
 
 
+def cpu_name() -> str:
+    """What the machine calls its processor."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
 def save(name: str, results: Any, args: argparse.Namespace) -> Path | None:
     """Write the results; a quick run writes only where ``--out`` says."""
     path = args.out or (None if args.quick else RESULTS / f"{name}.json")
     if path is not None:
-        report = {"benchmark": name, "results": results, "surroundings": surroundings()}
+        report = {"benchmark": name, "results": results, "surroundings": {**surroundings(), "cpu": cpu_name()}}
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"written to {path}", flush=True)
     return path

@@ -16,6 +16,7 @@ from harness import arguments, save
 import vtoken
 from vtoken.adapters.synthetic import synthetic_inputs
 from vtoken.profile import profile
+from vtoken.profile.attention import fastest_attention
 from vtoken.profile.shapes import random_model, shape_config
 
 TOKENS = 1152
@@ -39,7 +40,7 @@ def reducers(layers: int, heads: int) -> dict[str, vtoken.Reducer]:
 
 def main() -> None:
     """Measure every reducer."""
-    args = arguments(__doc__)
+    args = arguments(__doc__, rounds=3)
     gpu = args.device != "cpu"
     config = shape_config(f"llava-next-{'7b' if gpu else 'small'}")
     text = config.text_config
@@ -47,9 +48,11 @@ def main() -> None:
         text.num_hidden_layers = 4
     model = random_model(config, device=args.device, dtype=torch.bfloat16 if gpu else torch.float32)
     inputs = synthetic_inputs(model, 1, 256 if args.quick else TOKENS)
+    with torch.inference_mode():
+        candidates = fastest_attention(model, inputs)
     found = {}
     for name, reducer in reducers(text.num_hidden_layers, text.num_attention_heads).items():
-        result = profile(model, reducer, inputs, new_tokens=2, rounds=args.rounds)
+        result = profile(model, reducer, inputs, new_tokens=2, rounds=args.rounds, candidates=candidates)
         found[name] = {"reducer": str(reducer), **result.as_dict()}
         print(f"{name:20} {result.speedup('prefill'):.2f}x of {result.flop_limit:.2f}x", flush=True)
     save("light_layers", found, args)

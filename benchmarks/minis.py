@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The complete comparison on the embedded models; writes benchmarks/results/minis.json.
 
-Every reducer at four keep ratios, on the held-out documents of every task, as three sweeps whose cells resume. Scores of
-a reducer on one model are then pooled over its tasks and compared with `random` at the same keep ratio, document by
-document; p-values are corrected over all rows of a model (Holm).
+Every reducer at four keep ratios, on the held-out documents of every task, as three sweeps whose cells resume. The
+scores of a reducer on one model are then pooled over its tasks and compared with those of `random` at the same keep
+ratio, document by document; p-values are corrected over all rows of a model (Holm).
 
     python benchmarks/minis.py --executor ray
 """

@@ -7,6 +7,8 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
 - ``families``: the adapters, and ``benchmarks/results/families.json``, what the tests show about each family
   (``pytest tests/session tests/adapters --families-report benchmarks/results/families.json``);
 - ``mini_llava``, ``mini_llava_next``: what an embedded model can do (``benchmarks/mini_llava.py``, ``mini_models.py``);
+- ``speed/NAME``: the section "Speed", one benchmark each (``speed_tables.py``);
+- ``minis/NAME``: ``benchmarks/results/minis.json``, all embedded models (``minis_tables.py``);
 - ``NAME``: ``benchmarks/results/NAME.json``, a ``results.json`` of ``vtoken compare``;
 - ``NAME/kinds``, ``NAME/note``: the same file, accuracy by kind of question, and how it was made;
 - ``NAME/ranking``: the same file, the reducers at each keep ratio from best to worst, and which lose to chance.
@@ -22,14 +24,18 @@ import json
 import re
 import runpy
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from minis_tables import minis
+from speed_tables import TABLES, speed
+from tabular import markdown
 
 from vtoken.adapters import families as known_families
 from vtoken.cli.catalogue import describe
-from vtoken.eval.formats import SIGNIFICANT, difference_text
-from vtoken.eval.render import cells_of, layouts
-from vtoken.eval.summary import Row, corrected, row_from
+from vtoken.eval.comparison.summary import Row, corrected, row_from
+from vtoken.eval.report.formats import SIGNIFICANT, difference_text
+from vtoken.eval.report.render import cells_of, layouts
 from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,13 +46,6 @@ LEGEND = (
     f"✓ tests pass, {NO_TEST} no test, refused: a test finds the sentence that refuses it. Tiny models with random "
     "weights, transformers {transformers}, torch {torch}, no GPU."
 )
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table; all but the first columns are right-aligned."""
-    marks = ["---"] * text_columns + ["---:"] * (len(columns) - text_columns)
-    lines = [columns, marks, *rows]
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
 def catalogue() -> str:
@@ -164,7 +163,11 @@ def table(name: str, results: Path) -> str:
     if name == "reducers":
         return catalogue()
     file, _, part = name.partition("/")
+    if file == "speed" and part in TABLES:
+        return speed(part, results)
     path = results / f"{file}.json"
+    if file == "minis" and path.is_file():
+        return minis(part, json.loads(path.read_text())["rows"])
     if part not in ("", "kinds", "note", "ranking") or not path.is_file():
         raise SystemExit(f"A file asks for table:{name}, but there is no {path} for it.")
     data = json.loads(path.read_text())

@@ -163,7 +163,7 @@ class Prefill:
         index, valid = compact(keep)
         self.moved = True
         kwargs = self._shorten(kwargs, index, valid)
-        self._narrow(index, valid)
+        self._narrow(index, valid, kwargs["inputs_embeds"])
         everything = torch.arange(index.shape[1], device=index.device).expand(index.shape)
         self.groups = [Group(0, index, everything, valid)]
         return kwargs
@@ -225,7 +225,7 @@ class Prefill:
         elif not torch.equal(keep, group.valid):
             index, valid = compact(keep)
             hidden = gather(hidden, index)
-            self._narrow(index, valid)
+            self._narrow(index, valid, hidden)
             group = Group(layer, gather(group.index, index), gather(group.relative, index), valid)
         if group.start == layer:
             self.groups.append(group)
@@ -273,12 +273,12 @@ class Prefill:
             ctx.sizes = cut.sizes
         return keep | ctx.text
 
-    def _narrow(self, index: Tensor, valid: Tensor) -> None:
+    def _narrow(self, index: Tensor, valid: Tensor, hidden: Tensor) -> None:
         ctx = self.ctx
         ctx.text = gather(ctx.text, index) & valid
         ctx.item = torch.where(valid, gather(ctx.item, index), -1)
         ctx.slot = torch.where(valid, gather(ctx.slot, index), -1)
-        ctx.hidden = gather(ctx.hidden, index)
+        ctx.hidden = hidden
 
     def _hide_from_context(self, keep: Tensor) -> None:
         self.ctx.item = torch.where(keep, self.ctx.item, -1)

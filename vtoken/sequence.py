@@ -48,6 +48,10 @@ def gather(x: Tensor, index: Tensor, dim: int = 1, batch: int = 0) -> Tensor:
     """Take ``index[b]`` along ``dim`` for each row ``b`` of the ``batch`` dimension (size 1 broadcasts)."""
     if x.shape[batch] != index.shape[0]:
         x = x.expand(*[index.shape[0] if d == batch else s for d, s in enumerate(x.shape)])
+    if (batch, dim) == (0, 1) and x.dim() > 2:  # copies whole rows, where `Tensor.gather` looks up every channel
+        starts = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+        rows = x.flatten(0, 1).index_select(0, (index.to(x.device) + starts).flatten())
+        return rows.view(*index.shape, *x.shape[2:])
     shape = [1] * x.dim()
     shape[batch], shape[dim] = index.shape
     size = list(x.shape)

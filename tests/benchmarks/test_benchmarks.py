@@ -49,7 +49,7 @@ def test_a_race_measures_each_in_turn(script):
 
 
 def test_the_gpu_run_works_on_tiny_shapes(script, tmp_path, monkeypatch):
-    out = tmp_path / "gpu.json"
+    out = tmp_path / "gpu_all.json"
     module = script("gpu_all", "--device", "cpu", "--small", "--rounds", "1", "--out", str(out))
     monkeypatch.setattr(module, "BASELINES", {"mmr": module.BASELINES["mmr"]})
     monkeypatch.setattr(module.encoder_scores, "TOWERS", {"clip-l": "llava-1.5-7b"})
@@ -58,11 +58,15 @@ def test_the_gpu_run_works_on_tiny_shapes(script, tmp_path, monkeypatch):
     assert set(report["results"]["parts"]) == {
         "selection",
         "prefill llava-tiny",
+        "session llava-tiny",
         "batches llava-tiny",
         "encoder clip-l",
     }
     assert report["results"]["failed"] == {}
     assert torch.__version__.startswith(report["surroundings"]["torch"])
+    shown = script("speed_tables").speed("gpu", tmp_path)
+    assert "| selection, mmr gaussian |" in shown
+    assert "| encoder scores, clip-l, dearest |" in shown
 
 
 def test_a_part_that_fails_is_recorded(script, tmp_path, monkeypatch):
@@ -73,3 +77,98 @@ def test_a_part_that_fails_is_recorded(script, tmp_path, monkeypatch):
     results = json.loads(out.read_text())["results"]
     assert results["failed"] == {"bad": "ZeroDivisionError: division by zero"}
     assert results["parts"] == {"good": 1}
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch):
+    """Benchmarks on four thin layers."""
+    from vtoken.profile import shapes
+
+    def thin(name):
+        config = shapes.shape_config("llava-tiny")
+        config.text_config.num_hidden_layers = 4
+        return config
+
+    def load(module):
+        monkeypatch.setattr(module, "shape_config", thin)
+        return module
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("block", "columns"),
+    [("prefill", 8), ("batches", 6), ("memory", 7), ("overhead", 6), ("selection", 7)],
+)
+def test_a_benchmark_writes_what_its_table_reads(block, columns, script, tiny_shapes, tmp_path):
+    tables = script("speed_tables")
+    name, _ = tables.TABLES[block]
+    assert "Not measured yet" in tables.speed(block, tmp_path)
+    module = script(name, "--quick", "--rounds", "1", "--out", str(tmp_path / f"{name}.json"))
+    if hasattr(module, "shape_config"):
+        tiny_shapes(module)
+    module.main()
+    text = tables.speed(block, tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) > 3
+    assert {line.count(" | ") for line in rows} == {columns - 1}
+    assert f"torch {torch.__version__}".split("+")[0] in text
+
+
+def test_tables_of_the_towers(script, tiny_shapes, tmp_path, monkeypatch):
+    tables = script("speed_tables")
+    module = script("encoder_scores", "--quick", "--rounds", "1", "--out", str(tmp_path / "encoder_scores.json"))
+    monkeypatch.setattr(module, "TOWERS", {"clip-l": "llava-1.5-7b"})
+    module.main()
+    assert "received attention of one picture of 1024 patches" in tables.speed("encoder", tmp_path).lower()
+    module = script("tower_prune", "--quick", "--rounds", "1", "--out", str(tmp_path / "tower_prune.json"))
+    chained = "tower keep=0.3 block=0.25, idpruner keep=0.1"
+    monkeypatch.setattr(module, "TIMED", {chained: module.TIMED[chained]})
+    monkeypatch.setattr(module, "accuracy", lambda *_: {"all": 0.5})
+    tiny_shapes(module).main()
+    text = tables.speed("first_token", tmp_path)
+    assert f"| {chained} |" in text
+    assert "≥ 2.2x: " in text
+    assert "| 50.0 |" in text
+
+
+def test_memory_is_that_of_the_columns_each_layer_stores(script, tiny_shapes, tmp_path, monkeypatch):
+    out = tmp_path / "memory.json"
+    module = tiny_shapes(script("memory", "--out", str(out)))
+    monkeypatch.setattr(module, "TOKENS", 64)
+    module.main()
+    found = json.loads(out.read_text())["results"]
+    whole = found["unpruned"]
+    assert whole["columns"] == [96] * 4
+    assert found["vtw"]["columns"] == [96, 96, 32, 32]
+    assert found["random keep=0.25"]["columns"] == [48] * 4
+    for name, one in found.items():
+        assert one["kv_bytes"] == sum(one["columns"]) * 2 * 64 * 4, name
+        assert name == "unpruned" or one["peak_bytes"] < whole["peak_bytes"]
+
+
+def test_a_target_is_met_or_missed(script):
+    target = script("speed_tables").target
+    assert target(0.9, 0.9, "at least 0.9") == "at least 0.9: met"
+    assert target(0.89, 0.9, "at least 0.9") == "at least 0.9: **missed**"
+    assert target(0.02, 0.03, "at most 3 %", at_most=True) == "at most 3 %: met"
+    assert target(0.04, 0.03, "at most 3 %", at_most=True) == "at most 3 %: **missed**"
+
+
+def test_all_scripts_run_although_one_fails(script, monkeypatch, capsys):
+    ran = []
+
+    class Done:
+        def __init__(self, code):
+            self.returncode = code
+
+    def run(command):
+        ran.append((command[1].stem, command[2:]))
+        return Done(int(command[1].stem == "overhead"))
+
+    module = script("run_all", "--rounds", "2")
+    monkeypatch.setattr(module.subprocess, "run", run)
+    assert module.main() == 1
+    assert ran == [(name, ["--threads", "1", "--rounds", "2"]) for name in module.SCRIPTS]
+    assert all((FOLDER / f"{name}.py").is_file() for name in module.SCRIPTS)
+    assert "overhead: exit code 1" in capsys.readouterr().out

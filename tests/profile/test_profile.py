@@ -59,6 +59,19 @@ def test_flops_are_those_of_the_decoder(tiny, found):
         layers, rest = decoder_flops(tiny.config, 2, tokens + TEXT)
         assert layers <= side.prefill_flops <= layers + rest
     assert found.flop_limit == found.unpruned.prefill_flops / found.reduced.prefill_flops
+    assert 1 < found.causal_limit < found.flop_limit, "the square part shrinks most"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_future_keys_count_only_where_a_kernel_computes_them(attention):
+    model = random_model(shape_config("llava-tiny"))
+    model.set_attn_implementation(attention)
+    with torch.inference_mode():
+        counted, causal = prefill_flops(model, synthetic_inputs(model, 2, 64))
+    text, tokens = model.config.text_config, 64 + TEXT
+    one_pair = 4 * text.hidden_size * text.num_hidden_layers * 2
+    future = tokens * (tokens - 1) // 2
+    assert counted - causal == (one_pair * future if attention == "sdpa" else 0)
 
 
 def test_the_selection_is_no_part_of_the_flops(tiny):

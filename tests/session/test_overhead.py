@@ -111,6 +111,31 @@ def test_a_decode_step_of_a_full_batch_without_mask_adds_no_operator():
     assert set(added) <= {"alias"}
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("bare", [False, True], ids=["mask of ones", "no mask"])
+@every_reducer
+def test_a_prefill_without_padding_stays_on_the_causal_kernel(name, rows, bare, monkeypatch):
+    """No (S, S) mask is built where ``is_causal`` says the same, before and behind a cut inside of the decoder."""
+    model, inputs = tiny.make("llava", (1,))
+    inputs = {key: torch.cat([value] * rows) for key, value in inputs.items()}  # rows of one length
+    inputs = {**inputs, "attention_mask": None} if bare else inputs
+    seen = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, **kwargs):
+        seen.append((query.shape[2], attn_mask, kwargs.get("is_causal")))
+        return real(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with torch.no_grad(), vtoken.reduce(model, REDUCERS[name]):
+        model(**inputs, use_cache=True)
+        text = inputs["input_ids"].shape[1] - 16
+        lengths = [text + sum(kept) // rows for _, kept in vtoken.stats(model).layers]
+    decoder = seen[-4:]
+    assert [(mask, causal) for _, mask, causal in decoder] == [(None, True)] * 4
+    assert list(dict.fromkeys(length for length, _, _ in decoder)) == list(dict.fromkeys(lengths))
+
+
 def test_another_thread_is_refused_while_one_is_inside():
     """The check costs nothing in the common case, and still is one."""
     model, inputs = tiny.make("llava", (1,))

@@ -38,6 +38,8 @@ class Side:
         Keys and values after the prefill.
     prefill_flops : int
         Counted operations of the language model's prefill, without the selection.
+    causal_flops : int
+        Those that remain if the future keys that a causal kernel skips do not count.
     """
 
     milliseconds: dict[str, Spread]
@@ -45,6 +47,7 @@ class Side:
     peak_bytes: int
     kv_bytes: int
     prefill_flops: int
+    causal_flops: int
 
     @property
     def end_to_end(self) -> float:
@@ -88,6 +91,16 @@ class Profile:
         return self.speedup("prefill") / self.flop_limit
 
     @property
+    def causal_limit(self) -> float:
+        """`flop_limit` without the future keys that causal kernels skip in both models."""
+        return self.unpruned.causal_flops / max(self.reduced.causal_flops, 1)
+
+    @property
+    def causal_efficiency(self) -> float:
+        """Measured speed-up of the prefill as a share of `causal_limit`."""
+        return self.speedup("prefill") / self.causal_limit
+
+    @property
     def samples_per_second(self) -> tuple[float, float]:
         """Whole answers per second, unpruned and reduced."""
         return self.batch / self.unpruned.end_to_end * 1e3, self.batch / self.reduced.end_to_end * 1e3
@@ -100,6 +113,8 @@ class Profile:
             "speedup": {phase: self.speedup(phase) for phase in PHASES if phase != "selection"},
             "flop_limit": self.flop_limit,
             "efficiency": self.efficiency,
+            "causal_limit": self.causal_limit,
+            "causal_efficiency": self.causal_efficiency,
             "samples_per_second": {"unpruned": rates[0], "reduced": rates[1]},
         }
 
@@ -113,6 +128,7 @@ def profile(
     rounds: int = 5,
     warmup: int = 1,
     attention: str | None = None,
+    candidates: Mapping[str, float] | None = None,
 ) -> Profile:
     """Measure a reducer on one batch, in runs that alternate with the unpruned model.
 
@@ -130,6 +146,8 @@ def profile(
         Runs of each kind that count, and that do not.
     attention : str, optional
         Backend of the reduced model; by default the baseline's. The unpruned model always gets the fastest.
+    candidates : mapping, optional
+        What `fastest_attention` has found for this model before, where several reducers or batches are measured.
 
     Raises
     ------
@@ -142,7 +160,7 @@ def profile(
         raise ValueError(f"rounds={rounds} measures nothing: give at least 1.")
     before = getattr(model.config, "_attn_implementation", None)
     with torch.inference_mode():
-        candidates = fastest_attention(model, inputs)
+        candidates = dict(candidates or fastest_attention(model, inputs))
         fastest = min(candidates, key=candidates.__getitem__)
         sides = {"unpruned": (None, fastest), "reduced": (reducer, attention or fastest)}
         try:
@@ -189,5 +207,6 @@ def _side(
         tokens=kept / rows,
         peak_bytes=peak,
         kv_bytes=caches[0],
-        prefill_flops=flops,
+        prefill_flops=flops.counted,
+        causal_flops=flops.causal,
     )

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of docs/findings.md on all embedded models, from benchmarks/results/minis.json.
+
+- ``minis/MODEL``: pooled accuracy of every reducer at every keep ratio; a star marks a difference from `random`;
+- ``minis/spread``: by model and task at keep 0.1, the best reducer and `random`;
+- ``minis/agreement``: how alike two models rank the reducers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from scipy.stats import spearmanr
+from tabular import markdown
+
+from vtoken.eval.comparison.runs import RANDOM, UNPRUNED
+
+SIGNIFICANT = 0.05
+SPREAD_KEEP = 0.1
+INSIDE = 1.2  # tokens over all layers, relative to the budget, from which on a row is given more than its keep ratio
+
+Row = dict[str, Any]
+
+
+def keeps(rows: Sequence[Row]) -> list[float]:
+    """The keep ratios, large ones first."""
+    return sorted({row["keep"] for row in rows if row["keep"] is not None}, reverse=True)
+
+
+def cell(row: Row | None) -> str:
+    """Accuracy, and whether it differs from that of random tokens."""
+    if row is None:
+        return ""
+    text = f"{100 * row['accuracy']['value']:.1f}"
+    versus = row.get("versus_random")
+    if versus is None or versus["adjusted"] >= SIGNIFICANT:
+        return text
+    return f"{text} {'+' if versus['value'] > 0 else MINUS}"
+
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def matrix(rows: Sequence[Row], model: str) -> str:
+    """One model: reducers by their accuracy at the smallest keep ratios, then those without a budget."""
+    mine = [row for row in rows if row["model"] == model]
+    ratios = keeps(mine)
+    table: dict[str, dict[Any, Row]] = {}
+    for row in mine:
+        table.setdefault(row["reducer"], {})[row["keep"]] = row
+    budgeted = [name for name, found in table.items() if None not in found]
+    order = sorted(budgeted, key=lambda name: -sum(found["accuracy"]["value"] for found in table[name].values()))
+    lines = []
+    for name in order:
+        tenth = table[name].get(SPREAD_KEEP)
+        evidence = (
+            "" if tenth is None or tenth["evidence_recall"] is None else f"{100 * tenth['evidence_recall']:.0f} %"
+        )
+        tokens = "" if tenth is None else f"{100 * tenth['visual_per_layer'] / tenth['visual_tokens']:.0f} %"
+        lines.append([f"`{name}`", *(cell(table[name].get(keep)) for keep in ratios), evidence, tokens])
+    for name in sorted(set(table) - set(budgeted), key=lambda name: -table[name][None]["accuracy"]["value"]):
+        row = table[name][None]
+        share = f"{100 * row['visual_per_layer'] / row['visual_tokens']:.0f} %"
+        lines.append([f"`{name}`", f"{100 * row['accuracy']['value']:.1f}", *[""] * len(ratios), share])
+    count = max(row["documents"] for row in mine)
+    head = ["reducer", *(f"keep {keep:g}" for keep in ratios), "evidence at 0.1", "tokens at 0.1"]
+    return f"{markdown(head, lines)}\n{count} documents a row."
+
+
+def spread(rows: Sequence[Row]) -> str:
+    """What separates methods, by model and task."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model and row["keep"] == SPREAD_KEEP]
+        whole = next(row for row in rows if row["model"] == model and row["reducer"] == UNPRUNED)
+        control = next(row for row in mine if row["reducer"] == RANDOM)
+        before = [row for row in mine if row["visual_per_layer"] <= INSIDE * control["visual_per_layer"]]
+        for task, score in whole["tasks"].items():
+            best = max((row for row in before if task in row["tasks"]), key=lambda row: row["tasks"][task])
+            values = [score, best["tasks"][task], control["tasks"][task]]
+            gap = 100 * (values[1] - values[2])
+            shown = (f"{100 * value:.1f}" for value in values)
+            lines.append([model, f"`{task}`", *shown, f"`{best['reducer']}`", f"{gap:+.1f}"])
+    columns = ["model", "task", "unpruned", f"best at {SPREAD_KEEP:g}", "random", "which", "best - random"]
+    return markdown(columns, lines, text_columns=2)
+
+
+def agreement(rows: Sequence[Row]) -> str:
+    """Rank correlation of the reducers' pooled accuracies between models, at each keep ratio."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    values = {(row["model"], row["reducer"], row["keep"]): row["accuracy"]["value"] for row in rows}
+    lines = []
+    for i, first in enumerate(models):
+        for second in models[i + 1 :]:
+            found = []
+            for keep in keeps(rows):
+                names = [n for m, n, k in values if m == first and k == keep and (second, n, keep) in values]
+                pairs = [(values[first, n, keep], values[second, n, keep]) for n in names]
+                found.append(f"{spearmanr(*zip(*pairs, strict=True)).statistic:.2f}")
+            lines.append([f"{first}, {second}", *found])
+    return markdown(["Spearman's rank correlation", *(f"keep {keep:g}" for keep in keeps(rows))], lines)
+
+
+PARTS: dict[str, Callable[[Sequence[Row]], str]] = {"spread": spread, "agreement": agreement}
+
+
+def minis(part: str, rows: Sequence[Row]) -> str:
+    """The generated text of one block."""
+    return PARTS[part](rows) if part in PARTS else matrix(rows, part)
