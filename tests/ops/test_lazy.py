@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from vtoken import ops
-from vtoken.ops import cosines, greedy, lazy, triton_greedy
+from vtoken.ops import lazy, nested, triton_greedy
+from vtoken.ops.cosines import Cosines
+from vtoken.ops.max_min import most_isolated
 from vtoken.profile.memory import LiveBytes
 
 from . import naive
@@ -23,11 +25,13 @@ GREEDY = [name for name in SELECTIONS if name not in ("top_k", "coverage", "cove
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_small_pools_change_nothing(name, monkeypatch):
-    """Many pools, so that the tokens outside have to catch up many times; for `max_sum`, many fetches of columns."""
-    monkeypatch.setattr(lazy, "POOL", 5)
-    monkeypatch.setattr(greedy, "SMALL", 0)
-    monkeypatch.setattr(greedy, "BLOCK", 4)
-    monkeypatch.setattr(cosines, "LEAST_CACHED", 20)
+    """Many pools, so that the tokens outside have to catch up many times; for `max_sum`, drafts that do not hold."""
+    monkeypatch.setattr(nested, "POOL", 5)
+    monkeypatch.setattr(nested, "LONG", 2)
+    monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "WHOLE", 0)
+    monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "POOL", 8)
+    monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "DRAFT", 6)
+    monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "COLUMNS", 1)
     batch = Batch(3, tokens=90, width=20)
     batch.k = torch.tensor([30, 11, 25]) if name != "dpp" else torch.tensor([9, 5, 8])
     select, expected = SELECTIONS[name]
@@ -36,7 +40,7 @@ def test_small_pools_change_nothing(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["k_center", "max_min", "sads", "dpp"])
 def test_ties_beyond_a_pool_go_to_the_lowest_token(name, monkeypatch):
-    monkeypatch.setattr(lazy, "POOL", 4)
+    monkeypatch.setattr(nested, "POOL", 4)
     batch = Batch(0, tokens=40)
     batch.x, batch.scores = torch.eye(40).repeat(3, 1, 1), torch.ones(3, 40)
     batch.valid = torch.ones(3, 40, dtype=torch.bool)
@@ -54,7 +58,8 @@ def test_without_host_syncs_the_picks_are_the_same(name, monkeypatch):
     select, _ = SELECTIONS[name]
     expected = select(batch)
     monkeypatch.setattr(lazy, "POOL_ON_DEVICE", 8)
-    monkeypatch.setattr(lazy, "on_host", lambda device: False)
+    for module in ("lazy", "nested", "nearest", "max_min", "max_sum", "dpp"):
+        monkeypatch.setattr(sys.modules[f"vtoken.ops.{module}"], "on_host", lambda device: False)
     assert torch.equal(select(batch), expected)
 
 
@@ -76,14 +81,17 @@ def test_no_square_matrix_is_made(name):
 def test_few_similarities_are_computed(monkeypatch):
     """Most columns of the matrix are never needed."""
     asked = []
-    columns = greedy.Cosines.columns
-    monkeypatch.setattr(
-        greedy.Cosines, "columns", lambda self, index: asked.append(index.shape[1]) or columns(self, index)
-    )
+    columns = Cosines.columns
+
+    def counted(self, index):
+        asked.append(index.shape[1] * self.shape[1])
+        return columns(self, index)
+
+    monkeypatch.setattr(Cosines, "columns", counted)
     x = torch.randn(1, 1500, 64, generator=torch.Generator().manual_seed(0))
     found = ops.k_center(x, 150)
     assert found[0].tolist() == naive_k_center(x[0], 150)
-    assert sum(asked) <= 150
+    assert sum(asked) <= 150 * 1500
 
 
 def naive_k_center(x, k):
@@ -104,19 +112,21 @@ def test_without_triton_there_is_no_kernel(monkeypatch):
 
 SCRIPT = """
 import sys, torch
-from vtoken.ops import greedy, k_center, lazy, max_sum, mmr, sads, triton_greedy
+from vtoken.ops import k_center, lazy, max_sum, mmr, nearest, nested, sads, triton_greedy
+from vtoken.ops.cosines import Cosines
 g = torch.Generator().manual_seed(0)
 x, w = torch.randn(3, 60, 16, generator=g), torch.rand(3, 60, generator=g)
 valid = torch.rand(3, 60, generator=g) < torch.tensor([[0.9], [0.5], [1.0]])
 k = torch.tensor([14, 5, 20])
-lazy.POOL = 12
+lazy.POOL_ON_DEVICE = 12
 calls = [
     lambda: k_center(x, k, valid=valid), lambda: mmr(x, w, k, 0.4, valid=valid), lambda: sads(x, w, k, valid),
-    lambda: greedy._pick(greedy.Cosines(x, valid), k, valid, w, add=True),
+    lambda: nearest.pick(Cosines(x, valid), k, valid, w, add=True),
 ]
 host = [call() for call in calls]
 kernel, used = triton_greedy.serve, []
 triton_greedy.available = lambda device: True
+lazy.on_host = nested.on_host = nearest.on_host = lambda device: False
 triton_greedy.serve = lambda *args: used.append(1) or kernel(*args)
 for call, expected in zip(calls, host):
     before = len(used)
@@ -146,7 +156,7 @@ def test_the_most_isolated_token_is_found_without_the_matrix(seed):
     centres = torch.randn(20, 12, generator=generator)
     x = centres[torch.randint(20, (2, 900), generator=generator)] + 0.3 * torch.randn(2, 900, 12, generator=generator)
     valid = torch.rand(2, 900, generator=generator) < torch.tensor([[0.8], [1.1]])
-    for row, found in enumerate(greedy.most_isolated(greedy.Cosines(x, valid), valid)):
+    for row, found in enumerate(most_isolated(Cosines(x, valid), valid)):
         cos = naive.cosines(x[row]).fill_diagonal_(-1).masked_fill(~valid[row], -1)
         nearest = cos.amax(1).masked_fill(~valid[row], 2.0)
         assert int(found) == int(nearest.argmin())

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vtoken.ops.common import counts, finite, mask_of
 from vtoken.ops.cosines import Cosines
-from vtoken.ops.lazy import lazy_greedy
+from vtoken.ops.lazy import lazy_greedy, on_host
+from vtoken.ops.nested import nested_greedy, row_by_row
 
 RANK_EPS = 1e-6  # conditional variance, relative to the token's own, below which float32 holds only rounding
 
@@ -43,8 +44,16 @@ def dpp(features: Tensor, relevance: Tensor, k: int | Tensor, valid: Tensor | No
     valid = mask_of(features, valid)
     count = counts(k, valid)
     cosines, relevance = Cosines(features, valid), finite(relevance, valid, "relevance scores")
-    picked = count.new_full((len(count), int(count.max())), -1)
-    return lazy_greedy(_Variances(cosines, relevance, valid), count, valid.clone(), picked, 0)
+    return row_by_row(_pick, cosines, count, valid, relevance)
+
+
+def _pick(cosines: Cosines, k: Tensor, valid: Tensor, relevance: Tensor) -> Tensor:
+    own = relevance.square() * cosines.nonzero  # exactly: equal relevance is a tie
+    spent = own - own.amax(1, keepdim=True) - 1.0
+    bounds = _Variances(cosines, relevance, own.new_zeros(len(own), 0, own.shape[1]), own.clone(), own, spent)
+    if on_host(k.device):
+        return nested_greedy(bounds, valid.clone(), int(k))
+    return lazy_greedy(bounds, k, valid.clone(), k.new_full((len(k), int(k.max())), -1))
 
 
 class _Scores:
@@ -80,36 +89,51 @@ class _Pool(_Scores):
         self.at.append(at)
         self.deviation.append(deviation)
 
+    def recent(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B, M, P) of the first ``count`` picks, their places and their deviations (B, M)."""
+        return self.rows[:, :count], torch.cat(self.at[:count], 1), torch.cat(self.deviation[:count], 1)
+
     def fused(self, *args: object) -> None:
         """There is no kernel for this selection."""
 
 
 class _Variances(_Scores):
-    """The variances of all tokens and their Cholesky rows (B, picks, N)."""
+    """The variances of all tokens, or of an outer pool, and their Cholesky rows (B, picks, N)."""
 
-    def __init__(self, cosines: Cosines, relevance: Tensor, valid: Tensor) -> None:
-        own = relevance.square() * cosines.nonzero  # exactly: equal relevance is a tie
-        super().__init__(own.clone(), own, own - own.amax(1, keepdim=True) - 1.0)
-        self.cosines, self.relevance = cosines, relevance
-        self.rows = own.new_zeros(len(own), 0, own.shape[1])
+    def __init__(self, cosines: Cosines, relevance: Tensor, rows: Tensor, *scores: Tensor) -> None:
+        super().__init__(*scores)
+        self.cosines, self.relevance, self.rows = cosines, relevance, rows
+        self.begin = rows.shape[1]
+        self.at = torch.zeros(len(rows), 0, dtype=torch.long, device=rows.device)
+        self.deviation = rows.new_zeros(len(rows), 0)
 
     def pool(self, index: Tensor) -> _Pool:
-        weight = self.relevance.gather(1, index)
-        known = self.rows.gather(2, index[:, None].expand(-1, self.rows.shape[1], -1))
-        kernel = weight[..., None] * self.cosines.among(index) * weight[:, None] - known.mT @ known
-        left, own, spent = (x.gather(1, index) for x in (self.left, self.own, self.spent))
-        return _Pool(left, own, spent, kernel)
+        relevance, known, *scores = self._of(index)
+        kernel = relevance[..., None] * self.cosines.among(index) * relevance[:, None] - known.mT @ known
+        return _Pool(*scores, kernel)
 
-    def catch_up(self, picks: Tensor, pool: _Pool) -> None:
+    def narrow(self, index: Tensor) -> _Variances:
+        return _Variances(self.cosines.part(0, index[0]), *self._of(index))
+
+    def _of(self, index: Tensor) -> tuple[Tensor, ...]:
+        rows = self.rows.gather(2, index[:, None].expand(-1, self.rows.shape[1], -1))
+        return self.relevance.gather(1, index), rows, *(x.gather(1, index) for x in (self.left, self.own, self.spent))
+
+    def recent(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As of a `_Pool`."""
+        return self.rows[:, self.begin : self.begin + count], self.at[:, :count], self.deviation[:, :count]
+
+    def catch_up(self, picks: Tensor, pool: _Pool | _Variances) -> None:
         """Cholesky rows of all tokens for ``picks`` (B, M) at once: one triangular system."""
         count = picks.shape[1]
-        at, deviation = torch.cat(pool.at[:count], 1), torch.cat(pool.deviation[:count], 1)
+        known, at, deviation = pool.recent(count)
         fresh = deviation > 0
         weight = self.relevance.gather(1, picks)
         target = weight[..., None] * self.cosines.columns(picks) * self.relevance[:, None]
         target = target - self.rows.gather(2, picks[:, None].expand(-1, self.rows.shape[1], -1)).mT @ self.rows
-        known = pool.rows[:, :count].gather(2, at[:, None].expand(-1, count, -1)).mT  # [s, t]: row t at pick s
+        known = known.gather(2, at[:, None].expand(-1, count, -1)).mT  # [s, t]: row t at pick s
         system = known.tril(-1) * fresh[..., None] + torch.diag_embed(torch.where(fresh, deviation, 1.0))
         rows = torch.linalg.solve_triangular(system, target * fresh[..., None], upper=False)
         self.rows = torch.cat([self.rows, rows], 1)
+        self.at, self.deviation = torch.cat([self.at, picks], 1), torch.cat([self.deviation, deviation], 1)
         self.left = self.left - rows.square().sum(1)

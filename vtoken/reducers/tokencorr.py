@@ -13,7 +13,7 @@ from vtoken.context import VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.ops import top_k
 from vtoken.ops.common import index_mask, unit_vectors
-from vtoken.ops.greedy import CHUNK
+from vtoken.ops.cosines import CHUNK
 from vtoken.reducers.base import Assignment, MergeReducer
 from vtoken.reducers.checks import check_block, check_count, check_number
 from vtoken.reducers.encoded import EncoderReducer
