@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/findings.md on all embedded models, from benchmarks/results/minis.json.
+"""The tables on all embedded models, from benchmarks/results/minis.json, and from mini_MODEL.json for what they can do.
 
+- ``embedded``: unpruned and blind accuracy of the models that know all tasks (``mini_models.py``);
 - ``minis/MODEL``: pooled accuracy of every reducer at every keep ratio; a star marks a difference from `random`;
 - ``minis/spread``: by model and task at keep 0.1, the best reducer and `random`;
 - ``minis/agreement``: how alike two models rank the reducers.
@@ -8,7 +9,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from scipy.stats import spearmanr
@@ -21,6 +24,24 @@ SPREAD_KEEP = 0.1
 INSIDE = 1.2  # tokens over all layers, relative to the budget, from which on a row is given more than its keep ratio
 
 Row = dict[str, Any]
+
+
+def embedded(results: Path) -> str:
+    """What the models can do with all visual tokens, and without any, in percent."""
+    reports = [json.loads(path.read_text()) for path in sorted(results.glob("mini_*.json"))]
+    reports = [report for report in reports if "model" in report and "exist" in report["conditions"]["blind"]["by_kind"]]
+    kinds = list(dict.fromkeys(kind for report in reports for kind in report["conditions"]["unpruned"]["by_kind"]))
+    lines = [
+        [
+            f"`{report['model']}`",
+            condition,
+            f"**{100 * found['mean']:.1f}**",
+            *(f"{100 * found['by_kind'][kind]:.0f}" if kind in found["by_kind"] else "" for kind in kinds),
+        ]
+        for report in reports
+        for condition, found in report["conditions"].items()
+    ]
+    return markdown(["", "", "all", *kinds], lines, text_columns=2)
 
 
 def keeps(rows: Sequence[Row]) -> list[float]:

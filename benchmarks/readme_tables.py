@@ -6,7 +6,8 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
 - ``reducers``: from the registry;
 - ``families``: the adapters, and ``benchmarks/results/families.json``, what the tests show about each family
   (``pytest tests/session tests/adapters --families-report benchmarks/results/families.json``);
-- ``mini_llava``, ``mini_llava_next``: what an embedded model can do (``benchmarks/mini_llava.py``, ``mini_models.py``);
+- ``mini_llava``: what the first embedded model can do (``benchmarks/mini_llava.py``);
+- ``embedded``: what the others can do (``benchmarks/mini_models.py``);
 - ``speed/NAME``: the section "Speed", one benchmark each (``speed_tables.py``);
 - ``minis/NAME``: ``benchmarks/results/minis.json``, all embedded models (``minis_tables.py``);
 - ``NAME``: ``benchmarks/results/NAME.json``, a ``results.json`` of ``vtoken compare``;
@@ -27,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minis_tables import minis
+from minis_tables import embedded, minis
 from speed_tables import TABLES, speed
 from tabular import markdown
 
@@ -162,6 +163,8 @@ def table(name: str, results: Path) -> str:
     """The generated text of one block."""
     if name == "reducers":
         return catalogue()
+    if name == "embedded":
+        return embedded(results)
     file, _, part = name.partition("/")
     if file == "speed" and part in TABLES:
         return speed(part, results)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vtoken.attention import attention_rows, tap
 from vtoken.mini.model import WIDTH
 from vtoken.mini.training.batches import Pack, attention_mask
-from vtoken.mini.training.supervision import Heads
+from vtoken.mini.training.supervision import PLACE_FIELDS, Heads
 
 PLACE_LAYER, GROUND_LAYER, GROUND_HEADS, RELATE_LAYER, WRITE_HEADS, GROUND_WEIGHT = 1, 2, 2, 4, 2, 0.1
 
@@ -148,7 +148,7 @@ def answer(
     read = [layers[GROUND_LAYER].register_forward_hook(lambda m, a, out: pointing.name(heads, labels, out))]
     if heads.places_unseen:
         slots = torch.isin(columns, prompt.slots)
-        shown = {name: labels[name].gather(1, where.sort(1).values) for name in ("row", "column")}
+        shown = {name: labels[name].gather(1, where.sort(1).values) for name in PLACE_FIELDS}
         hook = lambda m, a, out: pointing.losses.append(heads.place_loss(out[:, :text][slots], shown))  # noqa: E731
         read.append(layers[PLACE_LAYER].register_forward_hook(hook))
     ground = tap(layers[GROUND_LAYER].self_attn, pointing.ground)

@@ -38,6 +38,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         unseen = PLACE_FIELDS if architecture.positions_unseen else ()
         self.model: Any = architecture.build_model(0)
+        self._recorder: ClsStates | None = None
         self.symbols, self.heads = Symbols(unseen), Heads(unseen, architecture.tower_width)
 
     @property
@@ -56,8 +57,11 @@ class Run:
 
     def cls_states(self) -> ClsStates | None:
         """A recorder of the tower's [CLS], if it has one."""
+        if self._recorder is not None:
+            self._recorder.close()
         layers = self.architecture.cls_layers
-        return ClsStates(self.model.model.get_submodule(layers)) if layers else None
+        self._recorder = ClsStates(self.model.model.get_submodule(layers)) if layers else None
+        return self._recorder
 
     def tower_parameters(self, inside: bool) -> list[nn.Parameter]:
         """Those of the vision tower, or all others."""

@@ -17,7 +17,8 @@ from vtoken.mini.world import CHARACTERS, COLORS, MOTIONS, SHAPES
 
 FIELD_WEIGHTS = {"row": 0.2, "column": 0.2, "letter": 3.0, "digit": 3.0, "shape": 3.0, "index": 3.0, "center": 3.0}
 NOUN_FIELDS = ("color", "shape", "row", "column")
-PLACE_FIELDS = ("row", "column")
+PLACE_FIELDS = ("row", "column", "index")
+"""What a tower without absolute positions cannot know: where a token is, and where a letter is in its word."""
 _WORDS = {
     "color": list(COLORS),
     "shape": list(SHAPES),

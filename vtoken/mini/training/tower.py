@@ -27,11 +27,15 @@ class ClsStates:
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.states: list[torch.Tensor] = []
-        for layer in layers[-2:]:
-            layer.register_forward_hook(self._record)
+        self._handles = [layer.register_forward_hook(self._record) for layer in layers[-2:]]
 
     def _record(self, module: nn.Module, args: Any, out: Any) -> None:
         self.states.append((out[0] if isinstance(out, tuple) else out)[:, 0])
+
+    def close(self) -> None:
+        """Record no more: what is never taken would keep every step's graph alive."""
+        for handle in self._handles:
+            handle.remove()
 
     def take(self) -> list[torch.Tensor]:
         """What was recorded since the last call."""

@@ -5,6 +5,7 @@
 1. ``decoder``: symbolic documents, whose visual tokens are sums of label embeddings, in the new model's own layout;
 2. ``tower``: tower and projector learn what each visual token shows, and to write it as those embeddings; at first
    mostly from scenes that are shown smaller, where a single patch shows more of a thing;
+   then, where ``align`` is among the phases, the decoder learns to read what the tower writes;
 3. ``joint``: the whole model answers questions about pixels; the dense losses keep the tower honest.
 """
 
@@ -204,9 +205,25 @@ class Transfer(Run):
                 self.save("tower")
         self.save("tower")
 
+    def align(self, limit: int, minutes: float) -> None:
+        """Between phases 2 and 3: the decoder learns from the tower's own tokens, without the cost of its gradients."""
+        self.load("tower")
+        feed, meter = Feed(self.architecture, self.model, train_rng(26)), Meter()
+        trainer = Trainer([(self.decoder_parameters(), 6e-4)], limit)
+        for step in steps(limit, minutes):
+            shown = feed.draw(self.architecture.tasks)
+            asked, labels = feed.ask(shown), shown.batch.labels
+            with torch.no_grad():
+                visual = encode(self.model, feed.pixels(shown), len(shown.batch.scenes))
+            found = answer(self.model, self.heads, visual, shown.prompt, asked, labels)
+            trainer.step(step, found.loss)
+            meter.add(found, asked)
+            self.report("align", step, meter)
+        self.save("align")
+
     def joint(self, limit: int, minutes: float) -> None:
         """Phase 3: everything together."""
-        self.load("tower")
+        self.load("align" if "align" in self.architecture.steps else "tower")
         feed, meter = Feed(self.architecture, self.model, train_rng(23)), Meter()
         cls = self.cls_states()
         low = [*self.tower_parameters(True), *self.heads.parameters()]
