@@ -97,7 +97,7 @@ def main() -> None:
     for sweep in () if args.summary_only else SWEEPS:
         command = ["vtoken", "sweep", sweep, "--out", str(args.folder / sweep), "--executor", args.executor]
         subprocess.run(command, check=False)  # failed cells are in the summary
-    rows = summary([args.folder / sweep for sweep in SWEEPS if (args.folder / sweep).is_dir()])
+    rows = summary(sorted(folder for folder in args.folder.iterdir() if folder.is_dir()))
     lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
     made_with = json.dumps(surroundings())
     args.out.write_text(f'{{"rows": [\n{lines}\n],\n"made_with": {made_with}}}\n')

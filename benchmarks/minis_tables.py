@@ -29,7 +29,7 @@ Row = dict[str, Any]
 def embedded(results: Path) -> str:
     """What the models can do with all visual tokens, and without any, in percent."""
     reports = [json.loads(path.read_text()) for path in sorted(results.glob("mini_*.json"))]
-    reports = [report for report in reports if "model" in report and "exist" in report["conditions"]["blind"]["by_kind"]]
+    reports = [found for found in reports if "exist" in found["conditions"]["blind"]["by_kind"]]
     kinds = list(dict.fromkeys(kind for report in reports for kind in report["conditions"]["unpruned"]["by_kind"]))
     lines = [
         [

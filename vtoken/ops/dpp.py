@@ -108,9 +108,9 @@ class _Variances(_Scores):
         self.deviation = rows.new_zeros(len(rows), 0)
 
     def pool(self, index: Tensor) -> _Pool:
-        relevance, known, *scores = self._of(index)
+        relevance, known, left, own, spent = self._of(index)
         kernel = relevance[..., None] * self.cosines.among(index) * relevance[:, None] - known.mT @ known
-        return _Pool(*scores, kernel)
+        return _Pool(left, own, spent, kernel)
 
     def narrow(self, index: Tensor) -> _Variances:
         return _Variances(self.cosines.part(0, index[0]), *self._of(index))

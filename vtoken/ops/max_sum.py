@@ -58,10 +58,10 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
 def _draft(cosines: Cosines, sums: Tensor, first: int, most: int) -> list[int]:
     """``first`` and the picks after it, if none but the tokens with the smallest ``sums`` (N,) were to be picked."""
     index = sums.index_fill(0, torch.tensor(first), float("-inf")).topk(min(POOL, len(sums)), largest=False).indices
-    table, sums = cosines.among(index[None])[0].numpy(), sums[index].numpy()
+    table, total = cosines.among(index[None])[0].numpy(), sums[index].numpy()  # small steps cost less in numpy
     draft = [0]
     while len(draft) < most:
-        sums = sums + table[draft[-1]]
-        sums[draft[-1]] = float("inf")
-        draft.append(int(sums.argmin()))
+        total = total + table[draft[-1]]
+        total[draft[-1]] = float("inf")
+        draft.append(int(total.argmin()))
     return index[draft].tolist()

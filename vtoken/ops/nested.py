@@ -9,7 +9,7 @@ behind the others. Only then does everything else catch up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ ACTIVE = 4
 """The outer pool holds one token out of so many."""
 LONG = 12
 """Picks of a pool from which on an outer pool pays."""
+
+
+class NestedBounds(Bounds, Protocol):
+    """Bounds that can be taken of a part of the tokens."""
+
+    def narrow(self, index: Tensor) -> NestedBounds:
+        """Those of the tokens ``index`` (1, P)."""
 
 
 class Rival(NamedTuple):
@@ -55,7 +62,7 @@ def row_by_row(pick: Callable[..., Tensor], cosines: Any, k: Tensor, valid: Tens
 
 
 def nested_greedy(
-    bounds: Bounds,
+    bounds: NestedBounds,
     free: Tensor,
     most: int,
     parallel: int = 1,
@@ -67,7 +74,7 @@ def nested_greedy(
 
     Parameters
     ----------
-    bounds : Bounds
+    bounds : NestedBounds
         Of one row; exact at the start.
     free : Tensor
         (1, N) bool: tokens to choose from; changed.
