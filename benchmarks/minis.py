@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The complete comparison on the embedded models; writes benchmarks/results/minis.json.
 
-Every reducer at four keep ratios, on the held-out documents of every task, as three sweeps whose cells resume. The
+Every reducer at four keep ratios, on the held-out documents of every task, as sweeps whose cells resume. The
 scores of a reducer on one model are then pooled over its tasks and compared with those of `random` at the same keep
 ratio, document by document; p-values are corrected over all rows of a model (Holm).
 
@@ -24,7 +24,7 @@ from vtoken.eval.comparison.statistics import accuracy, holm, paired
 from vtoken.eval.provenance import surroundings
 
 RESULT = Path(__file__).parent / "results" / "minis.json"
-SWEEPS = ("minis-llava", "minis", "minis-video")
+SWEEPS = ("minis-llava", "minis-next", "minis", "minis-video")
 DIGITS = 4
 
 Key = tuple[str, str, Any]

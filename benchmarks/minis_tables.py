@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def matrix(rows: Sequence[Row], model: str) -> str:
-    """One model: reducers by their accuracy at the smallest keep ratios, then those without a budget."""
+    """One model: reducers by their mean accuracy over the keep ratios, then those without a ratio."""
     mine = [row for row in rows if row["model"] == model]
     ratios = keeps(mine)
     table: dict[str, dict[Any, Row]] = {}
@@ -80,13 +80,23 @@ def matrix(rows: Sequence[Row], model: str) -> str:
         )
         tokens = "" if tenth is None else f"{100 * tenth['visual_per_layer'] / tenth['visual_tokens']:.0f} %"
         lines.append([f"`{name}`", *(cell(table[name].get(keep)) for keep in ratios), evidence, tokens])
-    for name in sorted(set(table) - set(budgeted), key=lambda name: -table[name][None]["accuracy"]["value"]):
-        row = table[name][None]
-        share = f"{100 * row['visual_per_layer'] / row['visual_tokens']:.0f} %"
-        lines.append([f"`{name}`", f"{100 * row['accuracy']['value']:.1f}", *[""] * len(ratios), share])
-    count = max(row["documents"] for row in mine)
     head = ["reducer", *(f"keep {keep:g}" for keep in ratios), "evidence at 0.1", "tokens at 0.1"]
-    return f"{markdown(head, lines)}\n{count} documents a row."
+    count = max(row["documents"] for row in mine)
+    return f"{markdown(head, lines)}\n{unbudgeted(table)}\n{count} documents a row."
+
+
+def unbudgeted(table: Mapping[str, Mapping[Any, Row]]) -> str:
+    """The rows without a keep ratio."""
+    found = sorted((rows[None] for rows in table.values() if None in rows), key=lambda row: -row["accuracy"]["value"])
+    lines = [
+        [
+            f"`{row['reducer']}`",
+            f"{100 * row['accuracy']['value']:.1f}",
+            f"{100 * row['visual_per_layer'] / row['visual_tokens']:.0f} %",
+        ]
+        for row in found
+    ]
+    return markdown(["without a keep ratio", "accuracy", "tokens"], lines)
 
 
 def spread(rows: Sequence[Row]) -> str:

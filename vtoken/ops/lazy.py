@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy selection by lazy evaluation: exact, and most similarities are never computed.
+"""Greedy selection by lazy evaluation, for a batch on an accelerator: exact, and most similarities are never computed.
+
+On the host `vtoken.ops.nested` does the same row by row.
 
 Where a pick can only lower the score of the other tokens, an old score bounds the present one from above. So picks are
 served from a *pool* of the best tokens, whose scores are kept exact, for as long as the best of the pool is not below
@@ -15,11 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-POOL = 176
-"""Tokens in a pool: large enough to serve many picks, small enough that its own similarities cost little, and that
-PyTorch does not spread an operation on them (fewer than 32768 numbers) over threads that wait for each other."""
 POOL_ON_DEVICE = 256
-"""The same on an accelerator, where every pool costs a host sync."""
+"""Tokens in a pool: every pool costs a host sync, so it should serve many picks."""
 
 
 class Rival(NamedTuple):
@@ -73,7 +72,7 @@ def lazy_greedy(
     parallel : int
         Picks a step; they do not see each other.
     width : int
-        Tokens in a pool; by default `POOL` or `POOL_ON_DEVICE`, or all of them if there are not many more.
+        Tokens in a pool; by default `POOL_ON_DEVICE`, or all of them if there are not many more.
 
     Returns
     -------
@@ -81,7 +80,7 @@ def lazy_greedy(
         ``picked``.
     """
     tokens, longest = free.shape[1], picked.shape[1]
-    least = max(POOL if on_host(free.device) else POOL_ON_DEVICE, parallel)
+    least = max(POOL_ON_DEVICE, parallel)
     width = width or (tokens if tokens <= 2 * least else least)
     while done < longest:
         scores = bounds.scores().masked_fill(~free, float("-inf"))
@@ -107,7 +106,6 @@ def _serve(pool: Pool, index: Tensor, free: Tensor, rival: Rival, left: Tensor, 
         return found
     picks: list[Tensor] = []
     late: list[Tensor] = []
-    look = on_host(free.device)
     for step in range(0, min(most, free.shape[1]), parallel):
         scores = pool.scores().masked_fill(~free, float("-inf"))
         best = best_of(scores, min(parallel, most - step))
@@ -115,15 +113,11 @@ def _serve(pool: Pool, index: Tensor, free: Tensor, rival: Rival, left: Tensor, 
         value = scores.gather(1, last)
         behind = (value < rival.score) | ((value == rival.score) & (index.gather(1, last) > rival.token))
         late.append((behind[:, 0] & (step < left)).any())
-        if look and step and bool(late[-1]):
-            break
         picks.append(best)
         free.scatter_(1, best, False)
         pool.take(best)
-    if not look:
-        stop = torch.stack(late[1:]).tolist() if len(late) > 1 else []
-        picks = picks[: 1 + (stop.index(True) if True in stop else len(stop))]
-    return torch.cat(picks, 1)
+    stop = torch.stack(late[1:]).tolist() if len(late) > 1 else []  # one look for the whole pool
+    return torch.cat(picks[: 1 + (stop.index(True) if True in stop else len(stop))], 1)
 
 
 def best_of(scores: Tensor, width: int) -> Tensor:
@@ -134,5 +128,5 @@ def best_of(scores: Tensor, width: int) -> Tensor:
 
 
 def on_host(device: torch.device) -> bool:
-    """Whether a look at a value is free; elsewhere it waits for the queue, so that one look a pool has to do."""
+    """Whether a look at a value is free; elsewhere it waits for the queue."""
     return device.type == "cpu"
