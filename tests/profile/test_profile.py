@@ -59,7 +59,10 @@ def test_flops_are_those_of_the_decoder(tiny, found):
         layers, rest = decoder_flops(tiny.config, 2, tokens + TEXT)
         assert layers <= side.prefill_flops <= layers + rest
     assert found.flop_limit == found.unpruned.prefill_flops / found.reduced.prefill_flops
-    assert 1 < found.causal_limit < found.flop_limit, "the square part shrinks most"
+    if min(found.attention, key=found.attention.get) == "eager":  # it computes all pairs
+        assert found.causal_limit == found.flop_limit
+    else:
+        assert 1 < found.causal_limit < found.flop_limit, "the square part shrinks most"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

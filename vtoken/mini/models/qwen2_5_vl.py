@@ -96,8 +96,8 @@ ARCHITECTURE = Architecture(
     cls_layers="",
     source="mini-llava-next",
     transferred={"language_model": "language_model"},
-    tasks={"scene": 0.35, "read": 0.2, "multi": 0.1, "describe": 0.15, "video": 0.2},
-    steps={"places": 1500, "decoder": 500, "tower": 700, "joint": 900},
+    tasks={"scene": 0.3, "read": 0.15, "multi": 0.08, "describe": 0.15, "video": 0.32},
+    steps={"places": 1500, "decoder": 1500, "tower": 700, "align": 900, "joint": 200},
     tower_start="rotary",
     positions_unseen=True,
 )
