@@ -25,7 +25,11 @@ def target(value: float, limit: float, shown: str, at_most: bool = False) -> str
 
 def ms(spread: Mapping[str, float]) -> str:
     """Median ± half of the interquartile range, in milliseconds."""
-    return f"{spread['median']:.3g} ± {spread['iqr'] / 2:.2g}"
+    return f"{_short(spread['median'], 3)} ± {_short(spread['iqr'] / 2, 2)}"
+
+
+def _short(value: float, digits: int) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
 def selection(found: dict) -> str:
