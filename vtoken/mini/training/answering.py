@@ -116,6 +116,16 @@ def prefix_of(model: Any, visual: torch.Tensor, prompt: Prompt, columns: torch.T
     return words.index_copy(1, prompt.slots, visual).gather(1, columns[..., None].expand(-1, -1, WIDTH))
 
 
+def rotary(positions: torch.Tensor) -> torch.Tensor:
+    """Position ids (D, B, P') as the decoder takes them: three of them for M-RoPE, else (B, P')."""
+    return positions if len(positions) > 1 else positions[0]
+
+
+def places_of(labels: dict[str, torch.Tensor], where: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Field -> (B, n) where the visual tokens ``where`` (B, n) are, in the order of the prompt."""
+    return {name: labels[name].gather(1, where.sort(1).values) for name in PLACE_FIELDS}
+
+
 def _in_prefix(shown: torch.Tensor, prompt: Prompt, columns: torch.Tensor) -> torch.Tensor:
     """(B, R, N) visual tokens as (B, R, P') columns of the prefix."""
     whole = torch.zeros(*shown.shape[:2], len(prompt.ids), dtype=torch.bool)
@@ -148,7 +158,7 @@ def answer(
     read = [layers[GROUND_LAYER].register_forward_hook(lambda m, a, out: pointing.name(heads, labels, out))]
     if heads.places_unseen:
         slots = torch.isin(columns, prompt.slots)
-        shown = {name: labels[name].gather(1, where.sort(1).values) for name in PLACE_FIELDS}
+        shown = places_of(labels, where)
         hook = lambda m, a, out: pointing.losses.append(heads.place_loss(out[:, :text][slots], shown))  # noqa: E731
         read.append(layers[PLACE_LAYER].register_forward_hook(hook))
     ground = tap(layers[GROUND_LAYER].self_attn, pointing.ground)
@@ -156,7 +166,7 @@ def answer(
         hidden = model.model.language_model(
             inputs_embeds=torch.cat([prefix, embed(asked.ids)], 1),
             attention_mask=attention_mask(text, asked.block),
-            position_ids=positions if len(positions) > 1 else positions[0],
+            position_ids=rotary(positions),
             use_cache=False,
         ).last_hidden_state
     for handle in read:

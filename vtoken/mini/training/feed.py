@@ -89,7 +89,7 @@ class Feed:
         shares = np.array(list(tasks.values()))
         task = list(tasks)[int(self.rng.choice(len(shares), p=shares / shares.sum()))]
         cells = VIDEO_CELLS if task == "video" else sample_size(task, self.rng)
-        size = max(2, self.columns // (len(self._places(task, cells).boxes) + QUESTIONS[task] * TOKENS_ASKED))
+        size = self._size(task, self._places(task, cells))
         if crowded and task == "scene":
             documents = [[sample_scene(self.rng, crowded=True, cells=cells, word_step=2)] for _ in range(size)]
         elif crowded and task == "read":
@@ -103,8 +103,7 @@ class Feed:
         shrunk = cells / CELLS
         places = self._places("scene", (CELLS, CELLS))
         places = replace(places, boxes=places.boxes * shrunk)
-        size = max(2, self.columns // (len(places.boxes) + QUESTIONS["scene"] * TOKENS_ASKED))
-        documents = [[crowd(self.rng, cells)] for _ in range(size)]
+        documents = [[crowd(self.rng, cells)] for _ in range(self._size("scene", places))]
         batch = replace(label_batch(documents, places, lambda scenes: scenes), shrunk=shrunk)
         return Shown(batch, "scene", self._prompt_of("scene", (CELLS, CELLS)))
 
@@ -113,6 +112,10 @@ class Feed:
         step = STEP if task == "video" else 1
         batch = label_batch(documents, self._places(task, cells), lambda scenes: scenes[step - 1 :: step])
         return Shown(batch, task, self._prompt_of(task, cells))
+
+    def _size(self, task: str, places: Places) -> int:
+        """Documents in a batch."""
+        return max(2, self.columns // (len(places.boxes) + QUESTIONS[task] * TOKENS_ASKED))
 
     def _prompt_of(self, task: str, cells: tuple[int, int]) -> Prompt:
         key = (task == "video", task == "multi", cells)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtoken.mini.training.answering import PLACE_LAYER, Prompt, kept_columns, prefix_of
-from vtoken.mini.training.supervision import PLACE_FIELDS, Heads
+from vtoken.mini.training.answering import PLACE_LAYER, Prompt, kept_columns, places_of, prefix_of, rotary
+from vtoken.mini.training.supervision import Heads
 
 LEAST_SHOWN = 0.4  # of the visual tokens of a document: pruned pictures too say where their tokens are
 
@@ -39,19 +39,17 @@ def place_loss(
     labels: dict[str, torch.Tensor],
     rng: np.random.Generator,
 ) -> torch.Tensor:
-    """Loss of row and column of the visual tokens (B, N, WIDTH), of which a random part is shown."""
+    """Loss of what `PLACE_FIELDS` name, of the visual tokens (B, N, WIDTH), of which a random part is shown."""
     shown = max(1, int(visual.shape[1] * rng.uniform(LEAST_SHOWN, 1.0)))
     where = torch.rand(visual.shape[:2]).topk(shown, 1).indices
     columns = kept_columns(prompt, where)
     decoder, states = model.model.language_model, []
     read = decoder.layers[PLACE_LAYER].register_forward_hook(lambda m, a, out: states.append(out))
-    positions = prompt.positions[:, columns]
     with shallow(decoder, PLACE_LAYER + 1):
         decoder(
             inputs_embeds=prefix_of(model, visual, prompt, columns),
-            position_ids=positions if len(positions) > 1 else positions[0],
+            position_ids=rotary(prompt.positions[:, columns]),
             use_cache=False,
         )
     read.remove()
-    known = {name: labels[name].gather(1, where.sort(1).values) for name in PLACE_FIELDS}
-    return heads.place_loss(states[0][torch.isin(columns, prompt.slots)], known)
+    return heads.place_loss(states[0][torch.isin(columns, prompt.slots)], places_of(labels, where))
