@@ -108,6 +108,7 @@ class Session:
         self._claim = threading.Lock()
         self._announced: tuple[Tensor, VisionRecord] | None = None
         self._handles: list[Any] = []
+        self._layer_handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
 
     # ------------------------------------------------------------------ attach and detach
@@ -125,8 +126,6 @@ class Session:
                 self._language_post, with_kwargs=True, always_call=True
             )
             self._handles.append(after)
-            for index, layer in enumerate(adapter.layers):
-                self._before(layer, functools.partial(self._layer_pre, index))
             self._handles += self.light.attach(lambda: None if self._forward is None else self._forward.prefill)
             self.wrap_method(
                 adapter.generator, "create_masks_for_generate", self._static_masks, create_masks_for_generate
@@ -138,6 +137,7 @@ class Session:
 
     def detach(self) -> None:
         """Remove every trace."""
+        self._watch_layers(False)
         for handle in self._handles:
             handle.remove()
         for undo in reversed(self._undo):
@@ -147,6 +147,18 @@ class Session:
 
     def _before(self, module: nn.Module, hook: Callable) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _watch_layers(self, needed: bool) -> None:
+        """Hook the decoder layers, or leave them alone: unpruned passes and most decode steps need nothing there."""
+        if needed and not self._layer_handles:
+            self._layer_handles = [
+                layer.register_forward_pre_hook(functools.partial(self._layer_pre, i), with_kwargs=True, prepend=True)
+                for i, layer in enumerate(self.adapter.layers)
+            ]
+        elif not needed and self._layer_handles:
+            for handle in self._layer_handles:
+                handle.remove()
+            self._layer_handles.clear()
 
     def wrap_method(self, owner: Any, name: str, make: Callable[[Callable], Callable], default: Any = None) -> None:
         """Replace a method on one instance until `detach`; ``make(original)`` returns the replacement."""
@@ -320,10 +332,10 @@ class Session:
         if self.adapter.outer is None:
             kwargs = self._open_bare(kwargs)
         forward = self._forward
-        if forward is None:
-            return args, kwargs
-        if forward.kinds is None:
-            return args, forward.renumbered(kwargs)
+        if forward is None or forward.kinds is None:
+            state = state_of(kwargs.get("past_key_values"))
+            self._watch_layers(state is not None and (self._sliding or not state.uniform))
+            return args, kwargs if forward is None else forward.renumbered(kwargs)
         started = time.perf_counter()
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         past = logical_length(kwargs.get("past_key_values"))
@@ -341,6 +353,7 @@ class Session:
             cut = Cut(ctx.valid)  # without the tokens that the vision tower dropped
         kwargs = prefill.cut_inputs(cut, kwargs, self.positions)
         self.stats.add_group(0, ctx, cut)
+        self._watch_layers(prefill.moved or bool(self.layers))
         for layer, rows in self.taps.items():
             block = self.adapter.attention(self.adapter.layers[layer])
             forward.taps.enter_context(att.tap(block, prefill.reader(layer, rows)))
@@ -439,8 +452,8 @@ class Session:
         if forward is not None and forward.prefill is not None:
             return self._prefill_layer(index, module, args, kwargs, forward.prefill)
         state = state_of(kwargs.get("past_key_values"))
-        if state is None or (state.uniform and not self._sliding):
-            return None  # runs once a layer and decode step
+        if state is None:
+            return None
         return self._decode_layer(index, args, kwargs, forward, state)
 
     def _decode_layer(
