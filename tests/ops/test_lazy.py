@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vtoken import ops
-from vtoken.ops import lazy, nested, triton_greedy
+from vtoken.ops import cosines, lazy, nested, triton_greedy
 from vtoken.ops.cosines import Cosines
 from vtoken.ops.max_min import most_isolated
 from vtoken.profile.memory import LiveBytes
@@ -28,7 +28,7 @@ def test_small_pools_change_nothing(name, monkeypatch):
     """Many pools, so that the tokens outside have to catch up many times; for `max_sum`, drafts that do not hold."""
     monkeypatch.setattr(nested, "POOL", 5)
     monkeypatch.setattr(nested, "LONG", 2)
-    monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "WHOLE", 0)
+    monkeypatch.setattr(cosines, "WHOLE", 0)
     monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "POOL", 8)
     monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "DRAFT", 6)
     monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "COLUMNS", 1)
@@ -41,6 +41,7 @@ def test_small_pools_change_nothing(name, monkeypatch):
 @pytest.mark.parametrize("name", ["k_center", "max_min", "sads", "dpp"])
 def test_ties_beyond_a_pool_go_to_the_lowest_token(name, monkeypatch):
     monkeypatch.setattr(nested, "POOL", 4)
+    monkeypatch.setattr(cosines, "WHOLE", 0)
     batch = Batch(0, tokens=40)
     batch.x, batch.scores = torch.eye(40).repeat(3, 1, 1), torch.ones(3, 40)
     batch.valid = torch.ones(3, 40, dtype=torch.bool)
@@ -126,7 +127,8 @@ calls = [
 host = [call() for call in calls]
 kernel, used = triton_greedy.serve, []
 triton_greedy.available = lambda device: True
-lazy.on_host = nested.on_host = nearest.on_host = lambda device: False
+maxsum = sys.modules["vtoken.ops.max_sum"]
+lazy.on_host = nested.on_host = nearest.on_host = maxsum.on_host = lambda device: False
 triton_greedy.serve = lambda *args: used.append(1) or kernel(*args)
 for call, expected in zip(calls, host):
     before = len(used)
@@ -150,13 +152,29 @@ def test_the_triton_kernel_in_its_interpreter_picks_what_the_host_does():
     assert done.stdout.startswith("same")
 
 
+@pytest.mark.parametrize("name", GREEDY)
+def test_short_rows_with_all_similarities_at_hand_give_the_same(name, monkeypatch):
+    batch = Batch(3, tokens=90, width=20)
+    batch.k = torch.tensor([30, 11, 25]) if name != "dpp" else torch.tensor([9, 5, 8])
+    select, expected = SELECTIONS[name]
+    computed = []
+    monkeypatch.setattr(Cosines, "facing", lambda *_: pytest.fail("needs products of its own"))
+    monkeypatch.setattr(Cosines, "units", lambda *_: pytest.fail("needs products of its own"))
+    whole = Cosines.whole
+    monkeypatch.setattr(Cosines, "whole", lambda self: computed.append(self.table is None) or whole(self))
+    agree(select(batch), batch, expected)
+    assert sum(computed) == 3  # once a row
+
+
+@pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_most_isolated_token_is_found_without_the_matrix(seed):
+def test_the_most_isolated_token_is_found_with_and_without_the_matrix(seed, table):
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(20, 12, generator=generator)
     x = centres[torch.randint(20, (2, 900), generator=generator)] + 0.3 * torch.randn(2, 900, 12, generator=generator)
     valid = torch.rand(2, 900, generator=generator) < torch.tensor([[0.8], [1.1]])
-    for row, found in enumerate(most_isolated(Cosines(x, valid), valid)):
-        cos = naive.cosines(x[row]).fill_diagonal_(-1).masked_fill(~valid[row], -1)
-        nearest = cos.amax(1).masked_fill(~valid[row], 2.0)
-        assert int(found) == int(nearest.argmin())
+    for row, mask in enumerate(valid):
+        tokens = mask.nonzero()[:, 0]
+        part = Cosines(x, valid).part(row, tokens)
+        found = most_isolated(part.whole() if table else part)
+        assert found == int(naive.cosines(x[row, tokens]).fill_diagonal_(-1).amax(1).argmin())

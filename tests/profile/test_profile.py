@@ -91,7 +91,9 @@ def test_phases_add_up_and_the_model_is_left_as_it_was(tiny, found):
         times = {phase: spread.median for phase, spread in side.milliseconds.items()}
         assert times["prefill"] <= times["first_token"] <= times["end_to_end"]
         assert times["selection"] <= times["prefill"]
-        assert min(times["vision"], times["projector"], times["decode"]) > 0
+        assert min(times["vision"], times["projector"], times["packing"], times["decode"]) > 0
+        parts = times["vision"] + times["projector"] + times["packing"] + times["prefill"]
+        assert parts == pytest.approx(times["first_token"], rel=0.25), "medians of two runs"
     assert found.unpruned.milliseconds["selection"] == Spread(0.0, 0.0)
     assert found.reduced.milliseconds["selection"].median > 0
     assert set(found.attention) == {"sdpa", "eager"}

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 ROWS = {
     "vision": "vision tower",
     "projector": "projector",
+    "packing": "packing of crops or frames",
     "selection": "selection",
     "prefill": "prefill, selection included",
     "first_token": "time to first token",
     "decode": "decoding, per token",
     "end_to_end": "end to end",
 }
-FORMAT = "vtoken-profile"
+FORMAT = "vtoken-profile-2"
 
 
 def profile_command(

@@ -11,6 +11,7 @@ from torch import Tensor
 from vtoken.ops.common import EPS, finite
 
 CHUNK = 512  # rows of similarities held at a time
+WHOLE = 1024  # tokens up to which one product of all is faster than several of some
 
 
 class Cosines:
@@ -37,6 +38,7 @@ class Cosines:
             norm = torch.linalg.vector_norm(self.values, dim=-1)
         self.inverse = norm.clamp(min=EPS).reciprocal().masked_fill(~valid, 0.0)
         self.nonzero = (norm > 0) & valid
+        self.table: Tensor | None = None  # (1, N, N)
 
     @property
     def shape(self) -> torch.Size:
@@ -47,9 +49,18 @@ class Cosines:
         """Of the tokens ``tokens`` (S,) of one row; their features are copied unless they follow each other."""
         chosen = slice(int(tokens[0]), int(tokens[-1]) + 1) if _in_a_row(tokens) else tokens
         found = copy.copy(self)
+        found.table = None
         found.values, found.inverse, found.nonzero = (
             every[row][chosen][None] for every in (self.values, self.inverse, self.nonzero)
         )
+        return found
+
+    def whole(self) -> Cosines:
+        """Those of one row of at most `WHOLE` tokens, all of them computed; of more tokens as they are."""
+        if self.table is not None or self.shape[1] > WHOLE:
+            return self
+        found, units = copy.copy(self), self.values * self.inverse[..., None]
+        found.table = units @ units.mT
         return found
 
     def units(self, index: Tensor) -> Tensor:
@@ -59,6 +70,8 @@ class Cosines:
 
     def columns(self, index: Tensor) -> Tensor:
         """(B, P, N) cosines of the tokens ``index`` (B, P) and all tokens."""
+        if self.table is not None:
+            return self.table[:, index[0]]
         if index.shape[1] == 1:
             return (self.units(index) @ self.values.mT).mul_(self.inverse[:, None])
         return (self.values @ self.units(index).mT).mul_(self.inverse[..., None]).mT  # this way round is fast when thin
@@ -69,6 +82,8 @@ class Cosines:
 
     def among(self, index: Tensor) -> Tensor:
         """(B, P, P) cosines of the tokens ``index`` (B, P)."""
+        if self.table is not None:
+            return self.table[:, index[0]][:, :, index[0]]
         units = self.units(index)
         return units @ units.mT
 

@@ -10,6 +10,7 @@ from vtoken.ops.common import counts, mask_of
 from vtoken.ops.cosines import CHUNK, Cosines
 from vtoken.ops.lazy import on_host
 from vtoken.ops.nearest import only, pick
+from vtoken.ops.nested import row_by_row
 
 PART = 256  # tokens that those in the race for the most isolated one meet at a time
 FINAL = 16  # of them, whose nearest neighbours are found at once
@@ -24,9 +25,14 @@ def max_min(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> T
     """
     valid = mask_of(features, valid)
     cosines = Cosines(features, valid)
-    host = on_host(valid.device)
-    first = only(most_isolated(cosines, valid), valid) if host else -nearest_similarity(cosines, valid)
-    return pick(cosines, counts(k, valid), valid, first)
+    if on_host(valid.device):
+        return row_by_row(_from_most_isolated, cosines, counts(k, valid), valid)
+    return pick(cosines, counts(k, valid), valid, -nearest_similarity(cosines, valid))
+
+
+def _from_most_isolated(cosines: Cosines, k: Tensor, valid: Tensor) -> Tensor:
+    """(1, k) picks of one row without invalid tokens."""
+    return pick(cosines, k, valid, only(torch.tensor([most_isolated(cosines)]), valid))
 
 
 def nearest_similarity(cosines: Cosines, valid: Tensor) -> Tensor:
@@ -40,20 +46,13 @@ def nearest_similarity(cosines: Cosines, valid: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def most_isolated(cosines: Cosines, valid: Tensor) -> Tensor:
-    """(B,) long: the token with the smallest `nearest_similarity`, without computing it for all."""
-    found = []
-    for row, mask in enumerate(valid):
-        tokens = mask.nonzero()[:, 0]
-        found.append(tokens[_race(cosines.part(row, tokens))] if len(tokens) else tokens.new_zeros(()))
-    return torch.stack(found)
-
-
-def _race(cosines: Cosines) -> int:
-    """The token of one row with the smallest nearest similarity.
+def most_isolated(cosines: Cosines) -> int:
+    """The token of one row with the smallest `nearest_similarity`, without computing it for all of a long one.
 
     Tokens meet the others part by part and leave once they met one that they are nearer to than the best is to any.
     """
+    if cosines.table is not None:
+        return int(cosines.table[0].clone().fill_diagonal_(-1.0).amax(1).argmin())
     tokens = cosines.shape[1]
     racing, rows = torch.arange(tokens), cosines
     found, limit = torch.full((tokens,), -1.0), float("inf")

@@ -20,7 +20,6 @@ from vtoken.ops.nested import row_by_row
 POOL = 192  # tokens among which picks are drafted
 DRAFT = 32  # picks drafted at a time; a product of so many columns costs little more than one of a few
 COLUMNS = 4  # columns a pick that are held
-WHOLE = 1024  # tokens up to which all similarities are cheaper
 
 
 def max_sum(features: Tensor, k: int | Tensor, start: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
@@ -31,13 +30,15 @@ def max_sum(features: Tensor, k: int | Tensor, start: Tensor | None = None, vali
     valid = mask_of(features, valid)
     first = only(start_of(start, valid), valid)
     count, cosines = counts(k, valid), Cosines(features, valid)
-    if not on_host(valid.device) or valid.shape[1] <= WHOLE:  # a look at every draft would be a host sync
+    if not on_host(valid.device):  # a look at every draft would be a host sync
         return pick(cosines, count, valid, first, add=True)
     return row_by_row(_drafted, cosines, count, valid, first)
 
 
 def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tensor:
     """(1, k) picks of one row without invalid tokens."""
+    if cosines.table is not None:
+        return pick(cosines, k, valid, first, add=True)
     picks = torch.full((1, int(k)), -1)
     total, closed = torch.zeros(valid.shape[1]), torch.zeros(valid.shape[1])
     columns: dict[int, Tensor] = {}

@@ -97,7 +97,7 @@ def pick(
             return picked
         free = valid.clone().scatter_(1, picks, False)
         bounds = _Bounds(cosines, offset, slope, seen_from(cosines, picks, add), add)
-        width = valid.shape[1] if add else 0
+        width = valid.shape[1] if add or cosines.table is not None else 0
         if not on_host(k.device):
             return lazy_greedy(bounds, k, free, picked, begin, parallel, width)
         picked[:, begin:] = nested_greedy(bounds, free, picked.shape[1] - begin, parallel, width)

@@ -47,16 +47,18 @@ NOBODY = Rival(float("-inf"), -1)
 def row_by_row(pick: Callable[..., Tensor], cosines: Any, k: Tensor, valid: Tensor, *values: Tensor) -> Tensor:
     """Picks (B, max k) of ``pick(cosines, k, valid, *values)``, on the host of each row without its invalid tokens.
 
-    The products of padded rows would cost as much as those of tokens.
+    The products of padded rows would cost as much as those of tokens. Short rows get a table of all similarities.
     """
-    if not on_host(valid.device) or (len(k) == 1 and bool(valid.all())):
+    if not on_host(valid.device):
         return pick(cosines, k, valid, *values)
+    if len(k) == 1 and bool(valid.all()):
+        return pick(cosines.whole(), k, valid, *values)
     picked = k.new_full((len(k), int(k.max())), -1)
     for row, mask in enumerate(valid):
         if k[row]:
             tokens = mask.nonzero()[:, 0]
             parts = [x[row : row + 1, tokens] for x in (valid, *values)]
-            found = pick(cosines.part(row, tokens), k[row : row + 1], *parts)[0]
+            found = pick(cosines.part(row, tokens).whole(), k[row : row + 1], *parts)[0]
             picked[row, : len(found)] = tokens[found]
     return picked
 

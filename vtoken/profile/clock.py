@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from vtoken.adapters import adapter_for
+from vtoken.adapters.base import MODALITIES
 
 
 def device_now(device: torch.device) -> float:
@@ -62,6 +64,46 @@ class ModuleClock:
             self.milliseconds += (now(self.model) - begun.pop()) * 1e3
 
         return start, stop
+
+
+class FeatureClock:
+    """Adds up the time of a model's own ``get_image_features`` and ``get_video_features`` while entered.
+
+    Enter it before the model is wrapped: what a session adds to them is then no part of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.outer = model, adapter_for(model).outer
+        self.milliseconds = 0.0
+        self._begun: float | None = None
+
+    def __enter__(self) -> FeatureClock:
+        self.milliseconds = 0.0
+        for name in self._names():
+            setattr(self.outer, name, self._timed(getattr(self.outer, name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name in self._names():
+            delattr(self.outer, name)
+
+    def _names(self) -> list[str]:
+        found = [f"get_{modality}_features" for modality in MODALITIES]
+        return [name for name in found if hasattr(self.outer, name)]
+
+    def _timed(self, method: Callable) -> Callable:
+        @functools.wraps(method)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._begun is not None:  # one of them calls the other
+                return method(*args, **kwargs)
+            self._begun = now(self.model)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.milliseconds += (now(self.model) - self._begun) * 1e3
+                self._begun = None
+
+        return timed
 
 
 def vision_modules(model: nn.Module) -> list[nn.Module]:

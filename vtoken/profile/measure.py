@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,10 +15,10 @@ from vtoken.cache import cache_bytes
 from vtoken.profile.attention import fastest_attention
 from vtoken.profile.flops import prefill_flops
 from vtoken.profile.memory import peak_bytes
-from vtoken.profile.run import PHASES, Run, run_once
+from vtoken.profile.run import PHASES, Run, run_once, wrapped
 from vtoken.profile.spread import Spread, alternate
 from vtoken.reducers.base import Reducer
-from vtoken.wrapping import reduce, stats
+from vtoken.wrapping import stats
 
 
 @dataclass(frozen=True)
@@ -175,15 +174,10 @@ def profile(
     return Profile(len(inputs["input_ids"]), new_tokens, rounds, candidates, **both)
 
 
-def _wrapped(model: nn.Module, reducer: Reducer | None) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if reducer is None else reduce(model, reducer)
-
-
 def _run(model: nn.Module, chosen: tuple[Reducer | None, str], inputs: Mapping[str, Any], new_tokens: int) -> Run:
     reducer, attention = chosen
     model.set_attn_implementation(attention)  # type: ignore[operator]
-    with _wrapped(model, reducer):
-        return run_once(model, inputs, new_tokens)
+    return run_once(model, reducer, inputs, new_tokens)
 
 
 def _side(
@@ -191,7 +185,7 @@ def _side(
 ) -> Side:
     model.set_attn_implementation(attention)  # type: ignore[operator]
     rows = len(inputs["input_ids"])
-    with _wrapped(model, reducer):
+    with wrapped(model, reducer):
         caches: list[int] = []
 
         def prefill() -> None:

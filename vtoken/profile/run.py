@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from vtoken.adapters import adapter_for
-from vtoken.profile.clock import ModuleClock, now, vision_modules
-from vtoken.wrapping import session_of
+from vtoken.profile.clock import FeatureClock, ModuleClock, now, vision_modules
+from vtoken.reducers.base import Reducer
+from vtoken.wrapping import reduce, session_of
 
-PHASES = ("vision", "projector", "selection", "prefill", "first_token", "decode", "end_to_end")
+PHASES = ("vision", "projector", "packing", "selection", "prefill", "first_token", "decode", "end_to_end")
 """Attributes of `Run`."""
 
 
@@ -28,10 +29,12 @@ class Run:
     ----------
     vision, projector : float
         Vision tower, with what the reducer reads from it, and projector.
+    packing : float
+        What the model itself does to the projected tokens: crops put together, frames pooled. 0 where that is unknown.
     selection : float
         The reducer's own decisions, before the language model and inside it.
     prefill : float
-        From the start to the first token, without tower and projector; the selection is part of it.
+        From the start to the first token, without tower, projector and packing; the selection is part of it.
     first_token : float
         From the start to the first token.
     decode : float
@@ -42,6 +45,7 @@ class Run:
 
     vision: float
     projector: float
+    packing: float
     selection: float
     prefill: float
     first_token: float
@@ -88,28 +92,40 @@ def decisions(model: nn.Module, meter: Callable[[], float]) -> Iterator[Callable
         session.reducer = watched.reducer
 
 
-def run_once(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> Run:
+def run_once(model: nn.Module, reducer: Reducer | None, inputs: Mapping[str, Any], new_tokens: int) -> Run:
     """Answer greedily with exactly ``new_tokens`` tokens, and say where the time went."""
     adapter = adapter_for(model)
     tower, projector = ModuleClock(model, adapter.tower), ModuleClock(model, adapter.projector)
     steps: list[float] = []
     handle = model.register_forward_hook(lambda *_: steps.append(now(model)))
     try:
-        with tower, projector, decisions(model, lambda: now(model)) as selection:
+        with (
+            FeatureClock(model) as features,
+            wrapped(model, reducer),
+            tower,
+            projector,
+            decisions(model, lambda: now(model)) as selection,
+        ):
             start = now(model)
             model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
             end = now(model)
     finally:
         handle.remove()
     inside = len(vision_modules(model)) == 1
-    vision = tower.milliseconds - (projector.milliseconds if inside else 0.0)
+    encoding = tower.milliseconds + (0.0 if inside else projector.milliseconds)
     first = (steps[0] - start) * 1e3
     return Run(
-        vision=vision,
+        vision=encoding - projector.milliseconds,
         projector=projector.milliseconds,
+        packing=max(features.milliseconds - encoding, 0.0),
         selection=selection() * 1e3,
-        prefill=first - vision - projector.milliseconds,
+        prefill=first - max(features.milliseconds, encoding),
         first_token=first,
         decode=median((b - a) * 1e3 for a, b in pairwise(steps)),
         end_to_end=(end - start) * 1e3,
     )
+
+
+def wrapped(model: nn.Module, reducer: Reducer | None) -> contextlib.AbstractContextManager:
+    """The model reduced for the length of a ``with``; as it is without a reducer."""
+    return contextlib.nullcontext() if reducer is None else reduce(model, reducer)
