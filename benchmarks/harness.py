@@ -8,7 +8,9 @@ import json
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,8 +41,19 @@ def arguments(description: str | None, flags: Sequence[str] = (), **defaults: An
     return found
 
 
-def race(runs: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warmup: int = 1) -> dict[str, Any]:
+def race(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: str = "cpu",
+    warmup: int = 1,
+    around: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
+) -> dict[str, Any]:
     """Milliseconds of several functions in turn, and how much faster than the first one each is.
+
+    Parameters
+    ----------
+    around : mapping, optional
+        Contexts that some of them run in; entering and leaving is not timed.
 
     Returns
     -------
@@ -49,12 +62,13 @@ def race(runs: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu"
     """
     target = torch.device(device)
 
-    def timed(run: Callable[[], Any]) -> float:
-        start = device_now(target)
-        run()
-        return (device_now(target) - start) * 1e3
+    def timed(name: str) -> float:
+        with (around or {}).get(name, nullcontext)():
+            start = device_now(target)
+            runs[name]()
+            return (device_now(target) - start) * 1e3
 
-    found = alternate({name: lambda run=run: timed(run) for name, run in runs.items()}, rounds, warmup)
+    found = alternate({name: partial(timed, name) for name in runs}, rounds, warmup)
     first = next(iter(found.values()))
     return {
         name: {**asdict(Spread.of(times)), "speedup": median(a / b for a, b in zip(first, times, strict=True))}

@@ -2,15 +2,17 @@
 """What the session itself costs: wrapped at keep=1.0 against unwrapped, and decode steps of a pruned model; writes
 benchmarks/results/overhead.json.
 
-Prefill and decode steps alternate with those of the same unwrapped model. A decode step runs on the cache of its own
-prefill, without a mask as ``generate`` calls it for an unpadded batch.
+One model is wrapped and unwrapped between the runs, which the clock does not see: a copy of a model may be a
+millisecond slower or faster than the model itself. A decode step runs on the cache of its own prefill, without a mask
+as ``generate`` calls it for an unpadded batch. One thread on a CPU: what is measured is Python's work, which a
+second one only disturbs.
 
     python benchmarks/overhead.py
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +23,8 @@ import vtoken
 from vtoken.adapters.synthetic import synthetic_inputs
 from vtoken.profile.shapes import random_model, shape_config
 
-STEPS = 16
-"""Decode steps in one timed run: a single one is shorter than what disturbs it."""
+STEPS = 8
+"""Decode steps a round."""
 TARGETS = {"prefill_share": 0.01, "decode_ms": 0.1}
 REDUCERS = {
     "keep all": vtoken.Random(keep=1.0),
@@ -31,58 +33,49 @@ REDUCERS = {
 }
 
 
-def twin(model: Any, reducer: vtoken.Reducer) -> Any:
-    """A wrapped copy of the model that shares its weights, so that nothing is wrapped while the clock runs."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return vtoken.wrap(copy.deepcopy(model, shared), reducer)
-
-
-def prefilling(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
-    """One prefill."""
-    return lambda: model(**inputs, use_cache=True, logits_to_keep=1)
-
-
 def decoding(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """`STEPS` decode steps behind a prefill that is done once; the cache goes back to its length afterwards."""
+    """A decode step behind a prefill that is done once; the cache goes back to its length afterwards."""
 
     def forward(**call: Any) -> Any:
         return model(**call, use_cache=True, logits_to_keep=1)
 
-    length, first = inputs["input_ids"].shape[1], forward(**inputs)
+    first = forward(**inputs)
     cache, token = first.past_key_values, first.logits[:, -1:].argmax(-1)
+    place = torch.full_like(token, inputs["input_ids"].shape[1])
 
     def run() -> None:
-        for step in range(STEPS):
-            place = torch.full_like(token, length + step)
-            forward(input_ids=token, position_ids=place, past_key_values=cache)
-        cache.crop(-STEPS)
+        forward(input_ids=token, position_ids=place, past_key_values=cache)
+        cache.crop(-1)
 
     return run
 
 
 def measure(model: Any, inputs: dict[str, torch.Tensor], args: Any) -> dict[str, Any]:
-    """Milliseconds of a prefill and of `STEPS` decode steps, unwrapped and wrapped; what is added is the median ratio
-    of runs of the same round."""
-    models = {"unwrapped": model, **{name: twin(model, reducer) for name, reducer in REDUCERS.items()}}
+    """Milliseconds of a prefill and of a decode step, unwrapped and wrapped; what is added is the median difference to
+    the unwrapped run of the same round."""
+    around = {name: functools.partial(vtoken.reduce, model, reducer) for name, reducer in REDUCERS.items()}
     with torch.inference_mode():
-        runs = {name: prefilling(models[name], inputs) for name in ("unwrapped", "keep all")}
-        first = race(runs, args.rounds, args.device)
-        later = race({name: decoding(found, inputs) for name, found in models.items()}, args.rounds, args.device)
+        steps: dict[str, Callable[[], Any]] = {"unwrapped": decoding(model, inputs)}
+        for name, wrapped in around.items():
+            with wrapped():
+                steps[name] = decoding(model, inputs)
+        both = dict.fromkeys(("unwrapped", "keep all"), lambda: model(**inputs, use_cache=True, logits_to_keep=1))
+        first = race(both, args.rounds, args.device, around=around)
+        later = race(steps, STEPS * args.rounds, args.device, warmup=3, around=around)
     plain = later["unwrapped"]["median"]
-    added = {name: plain * (1 / found["speedup"] - 1) / STEPS for name, found in later.items() if name != "unwrapped"}
+    added = {name: plain * (1 / found["speedup"] - 1) for name, found in later.items() if name != "unwrapped"}
     return {
         "prefill": first,
         "decode": later,
         "prefill_share": 1 / first["keep all"]["speedup"] - 1,
         "decode_ms_added": added,
-        "steps": STEPS,
         "targets": TARGETS,
     }
 
 
 def main() -> None:
     """Measure two decoders: one of many thin layers, in which hooks weigh most, and one that computes."""
-    args = arguments(__doc__, rounds=9)
+    args = arguments(__doc__, rounds=15, threads=1)
     gpu = args.device != "cpu"
     dtype = torch.bfloat16 if gpu else torch.float32
     thin = shape_config("llava-tiny")

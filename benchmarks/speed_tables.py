@@ -97,7 +97,7 @@ def overhead(found: dict) -> str:
             limit = one["targets"]["decode_ms"] if name == "keep all" else 0.0
             verdict = target(added, limit, f"≤ {limit:g} ms", at_most=True)
             times = [ms(one["decode"][side]) for side in ("unwrapped", name)]
-            rows.append([model, f"{one['steps']} decode steps, {name}", *times, f"{added:+.3f} ms a step", verdict])
+            rows.append([model, f"decode step, {name}", *times, f"{added:+.3f} ms", verdict])
     return markdown(["decoder", "", "unwrapped ms", "wrapped ms", "added", "target"], rows, text_columns=2)
 
 

@@ -147,12 +147,15 @@ class VisionReader:
         self.adapter, self.reads, self.projector, self.cutter = adapter, list(reads), projector, cutter
         self.resampler = resampler
         self.busy, self.thread = False, 0
+        self._signatures: dict[str, inspect.Signature] = {}  # reading one takes half a millisecond
 
     def __call__(self, original: Callable, modality: str, *args: Any, **kwargs: Any) -> Any:
         if self.busy:  # Qwen3-VL: get_video_features calls get_image_features
             return original(*args, **kwargs)
         seen = self.observe(lambda: original(*args, **kwargs), modality)
-        bound = inspect.signature(original).bind_partial(*args, **kwargs)
+        if modality not in self._signatures:
+            self._signatures[modality] = inspect.signature(original)
+        bound = self._signatures[modality].bind_partial(*args, **kwargs)
         call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         record = self._record(seen, modality, call)
         if self.resampler is not None:
