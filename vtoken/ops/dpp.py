@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,12 +90,38 @@ class _Pool(_Scores):
         self.at.append(at)
         self.deviation.append(deviation)
 
+    def row(self) -> _Row:
+        return _Row(self)
+
     def recent(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (B, M, P) of the first ``count`` picks, their places and their deviations (B, M)."""
         return self.rows[:, :count], torch.cat(self.at[:count], 1), torch.cat(self.deviation[:count], 1)
 
     def fused(self, *args: object) -> None:
         """There is no kernel for this selection."""
+
+
+class _Row:
+    """The steps of a pool of one row, in numpy; the pool keeps what they find."""
+
+    def __init__(self, pool: _Pool) -> None:
+        self.pool = pool
+        self.left, self.spent, self.kernel, self.rows = (
+            every[0].numpy() for every in (pool.left, pool.spent, pool.kernel, pool.rows)
+        )
+        self.floor = (RANK_EPS * pool.own)[0].numpy()
+
+    def scores(self) -> np.ndarray:
+        return np.where(self.left > self.floor, self.left, self.spent)
+
+    def take(self, at: int) -> None:
+        step, deviation = len(self.pool.at), np.float32(0)
+        if self.left[at] > self.floor[at]:
+            seen, deviation = self.rows[:step], np.sqrt(self.left[at])
+            self.rows[step] = (self.kernel[at] - seen[:, at] @ seen) / deviation
+            self.left = self.left - np.square(self.rows[step])
+        self.pool.at.append(torch.tensor([[at]]))
+        self.pool.deviation.append(torch.tensor([[deviation]]))
 
 
 class _Variances(_Scores):

@@ -7,6 +7,7 @@ made by one kernel.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,25 @@ class _Pool:
         scores = self.offset, self.slope, self.state
         picks, served = triton_greedy.serve(self.table, *scores, free, index, *rival, left, most, self.add)
         return picks[:, : int(served.min())]  # the one sync of a pool
+
+    def row(self) -> _Row:
+        return _Row(self)
+
+
+class _Row:
+    """The same of one row, in numpy."""
+
+    def __init__(self, pool: _Pool) -> None:
+        self.offset, self.slope, self.state, self.table = (
+            every[0].numpy() for every in (pool.offset, pool.slope, pool.state, pool.table)
+        )
+        self.join = np.add if pool.add else np.maximum
+
+    def scores(self) -> np.ndarray:
+        return self.offset - self.slope * self.state
+
+    def take(self, at: int) -> None:
+        self.state = self.join(self.state, self.table[at])
 
 
 class _Bounds:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +25,28 @@ LONG = 12
 """Picks of a pool from which on an outer pool pays."""
 
 
+class RowPool(Protocol):
+    """A pool of one row in numpy, where steps of a few hundred numbers cost a fraction of torch's."""
+
+    def scores(self) -> np.ndarray:
+        """(P,)."""
+
+    def take(self, at: int) -> None:
+        """Lower the scores by a pick."""
+
+
+class NestedPool(Pool, Protocol):
+    """A pool that can be served in numpy."""
+
+    def row(self) -> RowPool:
+        """Its only row."""
+
+
 class NestedBounds(Bounds, Protocol):
     """Bounds that can be taken of a part of the tokens."""
+
+    def pool(self, index: Tensor) -> NestedPool:
+        """The tokens ``index`` (1, P)."""
 
     def narrow(self, index: Tensor) -> NestedBounds:
         """Those of the tokens ``index`` (1, P)."""
@@ -126,8 +147,10 @@ def nested_greedy(
     return torch.cat(parts, 1)
 
 
-def _serve(pool: Pool, free: Tensor, most: int, parallel: int, rival: Rival, tokens: Tensor) -> Tensor:
+def _serve(pool: NestedPool, free: Tensor, most: int, parallel: int, rival: Rival, tokens: Tensor) -> Tensor:
     """(1, M) places in the pool of the next picks; one step at least."""
+    if parallel == 1:
+        return _serve_singly(pool.row(), free, most, rival, tokens)
     closed = torch.zeros(free.shape).masked_fill_(~free, float("-inf"))
     picks: list[Tensor] = []
     for step in range(0, min(most, free.shape[1]), parallel):
@@ -140,6 +163,21 @@ def _serve(pool: Pool, free: Tensor, most: int, parallel: int, rival: Rival, tok
         closed.scatter_(1, best, float("-inf"))
         pool.take(best)
     return torch.cat(picks, 1)
+
+
+def _serve_singly(row: RowPool, free: Tensor, most: int, rival: Rival, tokens: Tensor) -> Tensor:
+    """What `_serve` returns for one pick a step."""
+    closed = np.where(free[0].numpy(), np.float32(0), np.float32("-inf"))
+    picks: list[int] = []
+    while len(picks) < min(most, free.shape[1]):
+        scores = row.scores() + closed
+        best = int(scores.argmax())
+        if picks and rival.beats(float(scores[best]), int(tokens[best])):
+            break
+        picks.append(best)
+        closed[best] = float("-inf")
+        row.take(best)
+    return torch.tensor([picks])
 
 
 def _best(scores: Tensor, tokens: Tensor) -> Rival:
