@@ -26,6 +26,24 @@ from vtoken.eval.provenance import surroundings
 RESULT = Path(__file__).parent / "results" / "minis.json"
 SWEEPS = ("minis-llava", "minis-next", "minis", "minis-video")
 DIGITS = 4
+CLAIMED = (
+    ("pyramiddrop", "fastv"),
+    ("dart", "fastv"),
+    ("sparsevlm", "fastv"),
+    ("visionzip", "fastv"),
+    ("globalcom2", "fastv"),
+    ("divprune", "prumerge"),
+    ("vispruner", "visionzip"),
+    ("holov", "visionzip"),
+    ("scope", "visionzip"),
+    ("hiprune", "visionzip"),
+    ("todre", "visionzip"),
+    ("cdpruner", "divprune"),
+    ("zooprune", "divprune"),
+    ("idpruner", "divprune"),
+)
+"""A method, and an earlier one that it was published to improve on."""
+CLAIMED_AT = (0.25, 0.1)
 
 Key = tuple[str, str, Any]
 
@@ -39,6 +57,22 @@ def pooled(runs: list[Run]) -> tuple[list[float], list[str], list[str]]:
         [f"{task} {sample['cluster']}" for task, sample in samples],
         [f"{task} {sample['doc_id']}" for task, sample in samples],
     )
+
+
+def claims(groups: dict[Key, list[Run]]) -> list[dict[str, Any]]:
+    """Every pair of `CLAIMED` on every model, question by question; p-values corrected over all of them (Holm)."""
+    found = []
+    for model in dict.fromkeys(key[0] for key in groups):
+        for keep in CLAIMED_AT:
+            for new, old in CLAIMED:
+                (ours, pictures, asked), (theirs, _, same) = (pooled(groups[model, name, keep]) for name in (new, old))
+                if asked and asked == same:
+                    test = paired(ours, theirs, pictures)
+                    names = {"model": model, "keep": keep, "new": new, "old": old}
+                    found.append({**names, **dataclasses.asdict(test.difference), "p_value": test.p_value})
+    for claim, p in zip(found, holm([claim["p_value"] for claim in found]), strict=True):
+        claim["adjusted"] = p
+    return found
 
 
 def row_of(key: Key, runs: list[Run], others: dict[Key, list[Run]]) -> dict[str, Any]:
@@ -63,12 +97,20 @@ def row_of(key: Key, runs: list[Run], others: dict[Key, list[Run]]) -> dict[str,
     return row
 
 
-def summary(folders: list[Path]) -> list[dict[str, Any]]:
-    """Rows by model, in the order of the sweeps."""
+def read(folders: list[Path]) -> dict[Key, list[Run]]:
+    """Finished and failed runs by model, reducer and keep ratio, in the order of the sweeps."""
     groups: dict[Key, list[Run]] = defaultdict(list)
     for folder in folders:
         for run in read_runs(folder):
             groups[run.model, run.reducer, run.keep].append(run)
+    for key, runs in groups.items():
+        if len({run.task for run in runs}) < len(runs):
+            raise SystemExit(f"{key} was run by several versions of vtoken: give --folder a new one.")
+    return groups
+
+
+def summary(groups: dict[Key, list[Run]]) -> list[dict[str, Any]]:
+    """Rows by model."""
     finished = {key: [run for run in runs if run.samples] for key, runs in groups.items()}
     rows = [row_of(key, runs, groups) for key, runs in finished.items() if runs]
     for model in {row["model"] for row in rows}:
@@ -97,10 +139,10 @@ def main() -> None:
     for sweep in () if args.summary_only else SWEEPS:
         command = ["vtoken", "sweep", sweep, "--out", str(args.folder / sweep), "--executor", args.executor]
         subprocess.run(command, check=False)  # failed cells are in the summary
-    rows = summary(sorted(folder for folder in args.folder.iterdir() if folder.is_dir()))
-    lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
+    groups = read(sorted(folder for folder in args.folder.iterdir() if folder.is_dir()))
+    rows, tests = (",\n".join(json.dumps(rounded(one)) for one in found) for found in (summary(groups), claims(groups)))
     made_with = json.dumps(surroundings())
-    args.out.write_text(f'{{"rows": [\n{lines}\n],\n"made_with": {made_with}}}\n')
+    args.out.write_text(f'{{"rows": [\n{rows}\n],\n"claims": [\n{tests}\n],\n"made_with": {made_with}}}\n')
 
 
 if __name__ == "__main__":

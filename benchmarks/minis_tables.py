@@ -4,6 +4,7 @@
 - ``embedded``: unpruned and blind accuracy of the models that know all tasks (``mini_models.py``);
 - ``minis/MODEL``: pooled accuracy of every reducer at every keep ratio; a star marks a difference from `random`;
 - ``minis/spread``: by model and task at keep 0.1, the best reducer and `random`;
+- ``minis/claims``: methods against those that they were published to improve on;
 - ``minis/agreement``: how alike two models rank the reducers.
 """
 
@@ -133,9 +134,28 @@ def agreement(rows: Sequence[Row]) -> str:
     return markdown(["Spearman's rank correlation", *(f"keep {keep:g}" for keep in keeps(rows))], lines)
 
 
+def claims(found: Sequence[Row]) -> str:
+    """Difference in points between a method and the one it was published to improve on; a star if it is no chance."""
+    models = list(dict.fromkeys(claim["model"] for claim in found))
+    columns = [(model, keep) for model in models for keep in dict.fromkeys(claim["keep"] for claim in found)]
+    by_pair: dict[tuple[str, str], dict[Any, str]] = {}
+    for claim in found:
+        star = "*" if claim["adjusted"] < SIGNIFICANT else ""
+        text = f"{100 * claim['value']:+.1f}{star}"
+        by_pair.setdefault((claim["new"], claim["old"]), {})[claim["model"], claim["keep"]] = text
+    lines = [
+        [f"`{new}` over `{old}`", *(cells.get(column, "") for column in columns)]
+        for (new, old), cells in by_pair.items()
+    ]
+    heads = [f"{model.removeprefix('mini-')} at {keep:g}" for model, keep in columns]
+    return markdown(["points", *heads], lines)
+
+
 PARTS: dict[str, Callable[[Sequence[Row]], str]] = {"spread": spread, "agreement": agreement}
 
 
-def minis(part: str, rows: Sequence[Row]) -> str:
+def minis(part: str, report: Mapping[str, Any]) -> str:
     """The generated text of one block."""
-    return PARTS[part](rows) if part in PARTS else matrix(rows, part)
+    if part == "claims":
+        return claims(report["claims"])
+    return PARTS[part](report["rows"]) if part in PARTS else matrix(report["rows"], part)

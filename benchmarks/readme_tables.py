@@ -170,7 +170,7 @@ def table(name: str, results: Path) -> str:
         return speed(part, results)
     path = results / f"{file}.json"
     if file == "minis" and path.is_file():
-        return minis(part, json.loads(path.read_text())["rows"])
+        return minis(part, json.loads(path.read_text()))
     if part not in ("", "kinds", "note", "ranking") or not path.is_file():
         raise SystemExit(f"A file asks for table:{name}, but there is no {path} for it.")
     data = json.loads(path.read_text())

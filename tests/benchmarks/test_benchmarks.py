@@ -172,3 +172,52 @@ def test_all_scripts_run_although_one_fails(script, monkeypatch, capsys):
     assert ran == [(name, ["--threads", "1", "--rounds", "2"]) for name in module.SCRIPTS]
     assert all((FOLDER / f"{name}.py").is_file() for name in module.SCRIPTS)
     assert "overhead: exit code 1" in capsys.readouterr().out
+
+
+@pytest.fixture
+def runs():
+    """80 questions on 40 pictures: `dart` knows all, `fastv` half of the pictures, `random` none."""
+    from vtoken.eval.comparison.runs import Run
+
+    def run(reducer, right, task="t"):
+        config = {"model": {"pretrained": "m"}, "reducer": {"keep": 0.1}, "task": {"name": task}}
+        tokens = {"visual_tokens": 100, "visual_per_layer": 10, "evidence_recall": 0.5}
+        samples = [
+            {"doc_id": i, "cluster": str(i // 2), "score": float(i // 2 < right), "answer": "a", "tokens": tokens}
+            for i in range(80)
+        ]
+        return Run(f"{reducer}{task}", config, reducer, samples=samples)
+
+    return {("m", name, 0.1): [run(name, right)] for name, right in (("random", 0), ("fastv", 20), ("dart", 40))}, run
+
+
+def test_the_comparison_says_which_claims_show(script, runs, monkeypatch):
+    groups, _ = runs
+    monkeypatch.syspath_prepend(FOLDER)
+    module, tables = script("minis"), script("minis_tables")
+    from collections import defaultdict
+
+    rows = {row["reducer"]: row for row in module.summary(groups)}
+    assert rows["fastv"]["versus_random"]["value"] == 0.5
+    assert rows["fastv"]["versus_random"]["adjusted"] < 0.05
+    assert "versus_random" not in rows["random"]
+    found = module.claims(defaultdict(list, groups))
+    assert [(claim["new"], claim["old"], claim["value"]) for claim in found] == [("dart", "fastv", 0.5)]
+    assert "| `dart` over `fastv` | +50.0* |" in tables.claims(found)
+    assert "| `fastv` | 50.0 + | 50 % | 10 % |" in tables.matrix(list(rows.values()), "m")
+
+
+def test_cells_of_two_versions_are_not_pooled(script, runs, monkeypatch):
+    _, run = runs
+    monkeypatch.syspath_prepend(FOLDER)
+    module = script("minis")
+    monkeypatch.setattr(module, "read_runs", lambda folder: [run("dart", 40), run("dart", 20)])
+    with pytest.raises(SystemExit, match=r"\('m', 'dart', 0.1\) was run by several versions"):
+        module.read([FOLDER])
+
+
+def test_a_projector_that_begins_with_a_norm_is_most_sensitive_to_small_inputs(script, tmp_path):
+    out = tmp_path / "sensitivity.json"
+    script("sensitivity", "--quick", "--out", str(out)).main()
+    found = json.loads(out.read_text())["results"]
+    assert found["mini-internvl"]["most"] < -0.5 < found["mini-llava-next"]["least"]

@@ -22,7 +22,7 @@ from vtoken.mini.world import PATCH
 TOWER_LAYERS = 5
 WINDOW = 4 * PATCH
 IMAGE_PAD, VIDEO_PAD, START, END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
-SECTIONS = [2, 3, 11]  # rotary pairs of time, rows and columns: the slow ones still tell neighbouring columns apart
+SECTIONS = [1, 2, 13]  # rotary pairs of time, rows and columns: slow pairs hardly tell neighbouring columns apart
 FPS = 24  # that the processor assumes for frames of unknown speed
 LIMITS = {"shortest_edge": 4 * PATCH**2, "longest_edge": 256 * PATCH**2}  # pixels, in spite of the names
 
@@ -97,7 +97,7 @@ ARCHITECTURE = Architecture(
     source="mini-llava-next",
     transferred={"language_model": "language_model"},
     tasks={"scene": 0.3, "read": 0.15, "multi": 0.08, "describe": 0.15, "video": 0.32},
-    steps={"places": 1500, "decoder": 1500, "tower": 700, "align": 900, "joint": 200},
+    steps={"places": 1500, "decoder": 1500, "spell": 800, "tower": 700, "align": 900, "joint": 200},
     tower_start="rotary",
     positions_unseen=True,
 )

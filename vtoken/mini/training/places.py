@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vtoken.mini.training.answering import PLACE_LAYER, Prompt, kept_columns, places_of, prefix_of, rotary
+from vtoken.mini.training.labels import IGNORE
 from vtoken.mini.training.supervision import Heads
 
 LEAST_SHOWN = 0.4  # of the visual tokens of a document: pruned pictures too say where their tokens are
@@ -41,7 +42,8 @@ def place_loss(
 ) -> torch.Tensor:
     """Loss of what `PLACE_FIELDS` name, of the visual tokens (B, N, WIDTH), of which a random part is shown."""
     shown = max(1, int(visual.shape[1] * rng.uniform(LEAST_SHOWN, 1.0)))
-    where = torch.rand(visual.shape[:2]).topk(shown, 1).indices
+    order = torch.rand(visual.shape[:2]) + 10.0 * (labels["letter"] != IGNORE)  # whose place in a word is learned too
+    where = order.topk(shown, 1).indices
     columns = kept_columns(prompt, where)
     decoder, states = model.model.language_model, []
     read = decoder.layers[PLACE_LAYER].register_forward_hook(lambda m, a, out: states.append(out))

@@ -38,7 +38,8 @@ from vtoken.mini.world import CELLS, GRID, LETTERS, sample_scene
 SHOWN = 0.5  # of the visual tokens of a symbolic document; what is left out is background
 FITTED = 12  # batches from which the label embeddings start
 CROWDED = 0.85  # of the tower's pictures
-EMPHASIS = {"read": 4.0}  # of the decoder's tasks: spelling numbers is new to it and takes the most steps
+# of the tasks in a phase: spelling numbers is new to the decoder and takes the most steps
+EMPHASIS = {"decoder": {"read": 4.0}, "spell": {"read": 8.0}, "align": {"read": 3.0}}
 TOWER_COLUMNS = 1800  # small batches: many steps leave the plateaus sooner
 SEEN = {"scene": 0.8, "read": 0.2}  # tasks whose pictures teach the tower
 SMALL = {8: 0.6, 6: 0.3, 5: 0.1}, {8: 0.1, 6: 0.3, 5: 0.6}  # cells a side: share at the start, and in the end
@@ -121,6 +122,11 @@ class Transfer(Run):
             with torch.no_grad():
                 spell_numerals(self.model.get_input_embeddings().weight)
 
+    def _tasks(self, phase: str) -> dict[str, float]:
+        """Shares of the tasks in a phase."""
+        emphasis = EMPHASIS.get(phase, {})
+        return {task: share * emphasis.get(task, 1.0) for task, share in self.architecture.tasks.items()}
+
     def _symbolic(self, shown: Shown, dropout: float = 0.0) -> torch.Tensor:
         visual = self.symbols(shown.batch.labels, dropout)
         newline = torch.from_numpy(shown.batch.places.view < 0)
@@ -158,9 +164,16 @@ class Transfer(Run):
         """Phase 1: questions about symbolic documents."""
         if "places" in self.architecture.steps:
             self.load("places")
-        feed, meter = Feed(self.architecture, self.model, train_rng(21)), Meter()
-        trainer = Trainer([(self.decoder_parameters(), 8e-4)], limit)
-        tasks = {task: share * EMPHASIS.get(task, 1.0) for task, share in self.architecture.tasks.items()}
+        self._read_symbols("decoder", Trainer([(self.decoder_parameters(), 8e-4)], limit), 21, limit, minutes)
+
+    def spell(self, limit: int, minutes: float) -> None:
+        """Phase 1 goes on, mostly reading."""
+        self.load("decoder")
+        self._read_symbols("spell", Trainer([(self.decoder_parameters(), 6e-4)], limit), 27, limit, minutes)
+
+    def _read_symbols(self, phase: str, trainer: Trainer, seed: int, limit: int, minutes: float) -> None:
+        feed, meter = Feed(self.architecture, self.model, train_rng(seed)), Meter()
+        tasks = self._tasks(phase)
         for step in steps(limit, minutes):
             shown = feed.draw(tasks)
             asked, labels = feed.ask(shown), shown.batch.labels
@@ -171,12 +184,12 @@ class Transfer(Run):
             found = answer(self.model, self.heads, visual, shown.prompt, asked, labels, where)
             trainer.step(step, found.loss)
             meter.add(found, asked)
-            self.report("decoder", step, meter)
-        self.save("decoder")
+            self.report(phase, step, meter)
+        self.save(phase)
 
     def tower(self, limit: int, minutes: float) -> None:
         """Phase 2: dense labels, and the label embeddings as targets."""
-        self.load("decoder")
+        self.load("spell" if "spell" in self.architecture.steps else "decoder")
         feed, losses = Feed(self.architecture, self.model, train_rng(22), TOWER_COLUMNS), []
         self._start_tower()
         cls, seen = self.cls_states(), SEEN | {"video": self.architecture.tasks.get("video", 0.0)}
@@ -210,8 +223,9 @@ class Transfer(Run):
         self.load("tower")
         feed, meter = Feed(self.architecture, self.model, train_rng(26)), Meter()
         trainer = Trainer([(self.decoder_parameters(), 6e-4)], limit)
+        tasks = self._tasks("align")
         for step in steps(limit, minutes):
-            shown = feed.draw(self.architecture.tasks)
+            shown = feed.draw(tasks)
             asked, labels = feed.ask(shown), shown.batch.labels
             with torch.no_grad():
                 visual = encode(self.model, feed.pixels(shown), len(shown.batch.scenes))
