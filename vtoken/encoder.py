@@ -27,8 +27,9 @@ class EncoderRead:
     what : str
         ``"cls"``: softmaxed attention of [CLS], mean over heads, [CLS] column dropped; ``"cls_logits"``: the same
         before the softmax; ``"received"``: attention a patch receives, mean over heads and patch queries;
-        ``"given"``: mean over the patches of the attention a patch gives to them, mean over heads; ``"keys"``: keys,
-        mean over heads; ``"best"``: ``"cls"`` where the tower has a [CLS] token, else ``"received"``.
+        ``"given"``: mean over the patches of the attention a patch gives to them, mean over heads, which is the same
+        for all patches where there is no [CLS]; ``"keys"``: keys, mean over heads; ``"best"``: ``"cls"`` where the
+        tower has a [CLS] token, else ``"received"``.
     layer : int or float
         Index into the tower's blocks; -2 is the block whose output LLaVA uses. A float in (0, 1) is a share of the
         tower's depth: block ``int(share * blocks)``.
@@ -73,10 +74,12 @@ def _received(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
 
 def _given(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
     views, heads, tokens, _ = query.shape
-    total = torch.zeros(views, tokens - first, device=query.device)
-    for some, span, rows in _patch_rows(query, key, scale, first):
-        total[some, span] += rows[..., first:].mean(-1).sum(1)
-    return total / heads
+    patches = tokens - first
+    left = torch.zeros(views, patches, device=query.device)  # what goes to [CLS]: rows add up to 1
+    if first:
+        for some, span, rows in _patch_rows(query, key, scale, first):
+            left[some, span] += rows[..., :first].sum(-1).sum(1)
+    return (1 - left / heads) / patches
 
 
 def _keys(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
