@@ -5,6 +5,7 @@
 - ``minis/MODEL``: pooled accuracy of every reducer at every keep ratio; a star marks a difference from `random`;
 - ``minis/spread``: by model and task at keep 0.1, the best reducer and `random`;
 - ``minis/claims``: methods against those that they were published to improve on;
+- ``minis/answers``: answers of one word and those that are written token by token;
 - ``minis/agreement``: how alike two models rank the reducers.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from scipy.stats import spearmanr
@@ -22,6 +24,7 @@ from vtoken.eval.comparison.runs import RANDOM, UNPRUNED
 
 SIGNIFICANT = 0.05
 SPREAD_KEEP = 0.1
+LONG_ANSWERS = ("mini_read", "mini_describe")
 INSIDE = 1.2  # tokens over all layers, relative to the budget, from which on a row is given more than its keep ratio
 
 Row = dict[str, Any]
@@ -151,7 +154,28 @@ def claims(found: Sequence[Row]) -> str:
     return markdown(["points", *heads], lines)
 
 
-PARTS: dict[str, Callable[[Sequence[Row]], str]] = {"spread": spread, "agreement": agreement}
+def answers(rows: Sequence[Row]) -> str:
+    """Accuracy where the answer is one word, and where it is written token by token, at two keep ratios."""
+    found: dict[str, dict[Any, str]] = {}
+    models = list(dict.fromkeys(row["model"] for row in rows if LONG_ANSWERS[0] in row["tasks"]))
+    for row in rows:
+        if row["model"] in models and row["keep"] in (None, 0.5, SPREAD_KEEP):
+            parts = [
+                [v for task, v in row["tasks"].items() if (task in LONG_ANSWERS) is long] for long in (False, True)
+            ]
+            if all(parts):
+                text = " / ".join(f"{100 * fmean(part):.0f}" for part in parts)
+                found.setdefault(row["reducer"], {})[row["model"], row["keep"]] = text
+    columns = [(model, keep) for model in models for keep in (0.5, SPREAD_KEEP)]
+    lines = [
+        [f"`{name}`", *(cells.get((model, keep), cells.get((model, None), "")) for model, keep in columns)]
+        for name, cells in sorted(found.items())
+    ]
+    heads = [f"{model.removeprefix('mini-')} at {keep:g}" for model, keep in columns]
+    return markdown(["one word / written", *heads], lines)
+
+
+PARTS: dict[str, Callable[[Sequence[Row]], str]] = {"spread": spread, "agreement": agreement, "answers": answers}
 
 
 def minis(part: str, report: Mapping[str, Any]) -> str:
