@@ -3,6 +3,7 @@
 
 0. ``places``, only where the tower cannot know them: the first layers learn where each visual token is;
 1. ``decoder``: symbolic documents, whose visual tokens are sums of label embeddings, in the new model's own layout;
+   then, where it is among the phases, ``spell``: the same, mostly reading;
 2. ``tower``: tower and projector learn what each visual token shows, and to write it as those embeddings; at first
    mostly from scenes that are shown smaller, where a single patch shows more of a thing;
    then, where ``align`` is among the phases, the decoder learns to read what the tower writes;
