@@ -20,11 +20,13 @@ from vtoken.stats import Stats
 from vtoken.tokenmap import TokenMap
 
 SHARE = 0.25
+REMEMBERED = 32
+"""Batches of different sizes whose tokens' places are kept: pictures of a real benchmark hardly ever repeat theirs."""
 Boxes = Sequence[Sequence[Sequence[float]]]  # of one document: pictures, boxes, corners
 
 
 class EvidenceReader:
-    """Knows the tokens' places on the pictures of a model's batches, which it computes once for each size of them.
+    """Knows the tokens' places on the pictures of a model's batches, for each size of them once.
 
     Parameters
     ----------
@@ -75,6 +77,8 @@ class EvidenceReader:
         sizes = [size_of(visual) for shown in visuals for visual in shown]
         key = (tuple(len(shown) for shown in visuals), tuple(sizes))
         if key not in self._maps:
+            if len(self._maps) == REMEMBERED:
+                del self._maps[next(iter(self._maps))]
             self._maps[key] = vtoken.token_map(self.model, inputs, sizes)
         return self._maps[key]
 

@@ -133,3 +133,15 @@ def test_every_sample_of_a_bundled_task_has_it(checkpoint, private_cache):
     assert recalls(None) == [1.0] * 3
     half = recalls(vtoken.get_reducer("random", keep=0.5))
     assert 0 < np.mean(half) < 1
+
+
+def test_places_are_kept_for_a_few_sizes_only(monkeypatch):
+    from vtoken.eval.model import evidence
+
+    asked = []
+    monkeypatch.setattr(evidence.vtoken, "token_map", lambda model, inputs, sizes: asked.append(sizes[0]) or sizes)
+    reader = EvidenceReader(None)
+    for side in (*range(1, evidence.REMEMBERED + 2), 2, 1):
+        reader._map({}, [[Image.new("RGB", (side, side))]])
+    assert len(reader._maps) == evidence.REMEMBERED
+    assert asked == [(side, side) for side in (*range(1, evidence.REMEMBERED + 2), 1)]  # 2 was known, 1 no longer
