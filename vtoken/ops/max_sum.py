@@ -7,6 +7,7 @@ draft holds as far as no other token has a smaller sum.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
         if best not in columns:
             if len(columns) > COLUMNS * picks.shape[1]:
                 columns.clear()
-            draft = _draft(cosines, total + closed, best, min(DRAFT, picks.shape[1] - step))
+            draft = _draft(cosines, columns, total + closed, best, min(DRAFT, picks.shape[1] - step))
             index = torch.tensor([[token for token in draft if token not in columns]])
             columns.update(zip(index[0].tolist(), cosines.columns(index)[0].contiguous(), strict=True))
         total = total + columns[best]
@@ -56,13 +57,26 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
     return picks
 
 
-def _draft(cosines: Cosines, sums: Tensor, first: int, most: int) -> list[int]:
+def _draft(cosines: Cosines, columns: dict[int, Tensor], sums: Tensor, first: int, most: int) -> list[int]:
     """``first`` and the picks after it, if none but the tokens with the smallest ``sums`` (N,) were to be picked."""
     index = sums.index_fill(0, torch.tensor(first), float("-inf")).topk(min(POOL, len(sums)), largest=False).indices
-    table, total = cosines.among(index[None])[0].numpy(), sums[index].numpy()  # small steps cost less in numpy
+    table, total = _among(cosines, columns, index), sums[index].numpy()  # small steps cost less in numpy
     draft = [0]
     while len(draft) < most:
         total = total + table[draft[-1]]
         total[draft[-1]] = float("inf")
         draft.append(int(total.argmin()))
     return index[draft].tolist()
+
+
+def _among(cosines: Cosines, columns: dict[int, Tensor], index: Tensor) -> np.ndarray:
+    """(P, P) cosines of the tokens ``index`` (P,), some of which are among the known ``columns``."""
+    tokens = index.tolist()
+    known = [place for place, token in enumerate(tokens) if token in columns]
+    others = [place for place, token in enumerate(tokens) if token not in columns]
+    table = np.empty((len(tokens), len(tokens)), dtype=np.float32)
+    if known:
+        table[known] = torch.stack([columns[tokens[place]] for place in known])[:, index].numpy()
+        table[np.ix_(others, known)] = table[np.ix_(known, others)].T
+    table[np.ix_(others, others)] = cosines.among(index[None, others])[0].numpy()
+    return table
