@@ -97,7 +97,15 @@ ARCHITECTURE = Architecture(
     source="mini-llava-next",
     transferred={"language_model": "language_model"},
     tasks={"scene": 0.3, "read": 0.15, "multi": 0.08, "describe": 0.15, "video": 0.32},
-    steps={"places": 1500, "decoder": 1500, "spell": 800, "tower": 700, "align": 900, "joint": 200},
+    steps={
+        "places": 1500,
+        "decoder": 1500,
+        "spell": 800,
+        "tower": 700,
+        "align": 900,
+        "joint": 200,
+        "polish": 350,
+    },
     tower_start="rotary",
     positions_unseen=True,
 )

@@ -7,7 +7,8 @@
 2. ``tower``: tower and projector learn what each visual token shows, and to write it as those embeddings; at first
    mostly from scenes that are shown smaller, where a single patch shows more of a thing;
    then, where ``align`` is among the phases, the decoder learns to read what the tower writes;
-3. ``joint``: the whole model answers questions about pixels; the dense losses keep the tower honest.
+3. ``joint``: the whole model answers questions about pixels; the dense losses keep the tower honest;
+   then, where it is among the phases, ``polish``: the decoder alone again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SHOWN = 0.5  # of the visual tokens of a symbolic document; what is left out is 
 FITTED = 12  # batches from which the label embeddings start
 CROWDED = 0.85  # of the tower's pictures
 # of the tasks in a phase: spelling numbers is new to the decoder and takes the most steps
-EMPHASIS = {"decoder": {"read": 4.0}, "spell": {"read": 8.0}, "align": {"read": 3.0}}
+EMPHASIS = {"decoder": {"read": 4.0}, "spell": {"read": 8.0}, "align": {"read": 3.0}, "polish": {"read": 3.0}}
 TOWER_COLUMNS = 1800  # small batches: many steps leave the plateaus sooner
 SEEN = {"scene": 0.8, "read": 0.2}  # tasks whose pictures teach the tower
 SMALL = {8: 0.6, 6: 0.3, 5: 0.1}, {8: 0.1, 6: 0.3, 5: 0.6}  # cells a side: share at the start, and in the end
@@ -222,9 +223,16 @@ class Transfer(Run):
     def align(self, limit: int, minutes: float) -> None:
         """Between phases 2 and 3: the decoder learns from the tower's own tokens, without the cost of its gradients."""
         self.load("tower")
-        feed, meter = Feed(self.architecture, self.model, train_rng(26)), Meter()
-        trainer = Trainer([(self.decoder_parameters(), 6e-4)], limit)
-        tasks = self._tasks("align")
+        self._read_tower("align", Trainer([(self.decoder_parameters(), 6e-4)], limit), 26, limit, minutes)
+
+    def polish(self, limit: int, minutes: float) -> None:
+        """After phase 3 the same once more, gently."""
+        self.load("joint")
+        self._read_tower("polish", Trainer([(self.decoder_parameters(), 3e-4)], limit), 28, limit, minutes)
+        self._export()
+
+    def _read_tower(self, phase: str, trainer: Trainer, seed: int, limit: int, minutes: float) -> None:
+        feed, meter, tasks = Feed(self.architecture, self.model, train_rng(seed)), Meter(), self._tasks(phase)
         for step in steps(limit, minutes):
             shown = feed.draw(tasks)
             asked, labels = feed.ask(shown), shown.batch.labels
@@ -233,8 +241,11 @@ class Transfer(Run):
             found = answer(self.model, self.heads, visual, shown.prompt, asked, labels)
             trainer.step(step, found.loss)
             meter.add(found, asked)
-            self.report("align", step, meter)
-        self.save("align")
+            self.report(phase, step, meter)
+        self.save(phase)
+
+    def _export(self) -> None:
+        export(self.model, self.architecture.build_processor(), self.folder / "export")
 
     def joint(self, limit: int, minutes: float) -> None:
         """Phase 3: everything together."""
@@ -255,4 +266,4 @@ class Transfer(Run):
             meter.add(found, asked)
             self.report("joint", step, meter)
         self.save("joint")
-        export(self.model, self.architecture.build_processor(), self.folder / "export")
+        self._export()
