@@ -195,7 +195,7 @@ def _gpu_session(one: dict) -> list[str]:
 
 def made_with(found: Mapping[str, Any]) -> str:
     """Hardware and versions."""
-    machine = found.get("gpu") or f"{found['threads']} threads of {found['cpu']}"
+    machine = found.get("gpu") or f"{found['threads']} thread{'s' * (found['threads'] > 1)} of {found['cpu']}"
     return f"{machine}; torch {found['torch']}, transformers {found['transformers']}."
 
 
