@@ -42,7 +42,7 @@ CLAIMED = (
     ("zooprune", "divprune"),
     ("idpruner", "divprune"),
 )
-"""A method, and an earlier one that it was published to improve on."""
+"""A later method and an earlier one, over which it would be claimed to be ahead."""
 CLAIMED_AT = (0.25, 0.1)
 
 Key = tuple[str, str, Any]

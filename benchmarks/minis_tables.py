@@ -4,7 +4,7 @@
 - ``embedded``: unpruned and blind accuracy of the models that know all tasks (``mini_models.py``);
 - ``minis/MODEL``: pooled accuracy of every reducer at every keep ratio; a star marks a difference from `random`;
 - ``minis/spread``: by model and task at keep 0.1, the best reducer and `random`;
-- ``minis/claims``: methods against those that they were published to improve on;
+- ``minis/claims``: later methods against earlier ones;
 - ``minis/answers``: answers of one word and those that are written token by token;
 - ``minis/agreement``: how alike two models rank the reducers.
 """
@@ -138,7 +138,7 @@ def agreement(rows: Sequence[Row]) -> str:
 
 
 def claims(found: Sequence[Row]) -> str:
-    """Difference in points between a method and the one it was published to improve on; a star if it is no chance."""
+    """Difference in points between a later method and an earlier one; a star if it is no chance."""
     models = list(dict.fromkeys(claim["model"] for claim in found))
     columns = [(model, keep) for model in models for keep in dict.fromkeys(claim["keep"] for claim in found)]
     by_pair: dict[tuple[str, str], dict[Any, str]] = {}

@@ -27,6 +27,7 @@ from vtoken.cache import CacheState, is_static, logical_length, state_of
 from vtoken.context import Cut, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.light.decoder import LightDecoder
+from vtoken.methods import replace_method
 from vtoken.prefill import Group, Prefill, build_mask, layer_type
 from vtoken.reducers.base import Reducer
 from vtoken.stats import Stats
@@ -162,9 +163,7 @@ class Session:
 
     def wrap_method(self, owner: Any, name: str, make: Callable[[Callable], Callable], default: Any = None) -> None:
         """Replace a method on one instance until `detach`; ``make(original)`` returns the replacement."""
-        original, own = getattr(owner, name, default), vars(owner).get(name)
-        setattr(owner, name, functools.wraps(original)(make(original)))
-        self._undo.append(lambda: delattr(owner, name) if own is None else setattr(owner, name, own))
+        self._undo.append(replace_method(owner, name, make, default))
 
     @property
     def group(self) -> Group | None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from vtoken.adapters import adapter_for
 from vtoken.adapters.base import MODALITIES
+from vtoken.methods import replace_method
 
 
 def device_now(device: torch.device) -> float:
@@ -76,23 +76,20 @@ class FeatureClock:
         self.model, self.outer = model, adapter_for(model).outer
         self.milliseconds = 0.0
         self._begun: float | None = None
+        self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> FeatureClock:
         self.milliseconds = 0.0
-        for name in self._names():
-            setattr(self.outer, name, self._timed(getattr(self.outer, name)))
+        for modality in MODALITIES:
+            if hasattr(self.outer, name := f"get_{modality}_features"):
+                self._undo.append(replace_method(self.outer, name, self._timed))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for name in self._names():
-            delattr(self.outer, name)
-
-    def _names(self) -> list[str]:
-        found = [f"get_{modality}_features" for modality in MODALITIES]
-        return [name for name in found if hasattr(self.outer, name)]
+        while self._undo:
+            self._undo.pop()()
 
     def _timed(self, method: Callable) -> Callable:
-        @functools.wraps(method)
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self._begun is not None:  # one of them calls the other
                 return method(*args, **kwargs)

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ SEEN = {"scene": 0.8, "read": 0.2}  # tasks whose pictures teach the tower
 SMALL = {8: 0.6, 6: 0.3, 5: 0.1}, {8: 0.1, 6: 0.3, 5: 0.6}  # cells a side: share at the start, and in the end
 OFTEN, SELDOM = 0.6, 0.1  # share of the smaller scenes at the start, and in the end
 DENSE, CLS = 0.2, 0.5  # weights of the joint phase's other losses
+Show = Callable[[Feed, Shown], tuple[torch.Tensor, torch.Tensor | None]]  # visual tokens, and which of them are left
 
 
 @torch.no_grad()
@@ -166,28 +167,36 @@ class Transfer(Run):
         """Phase 1: questions about symbolic documents."""
         if "places" in self.architecture.steps:
             self.load("places")
-        self._read_symbols("decoder", Trainer([(self.decoder_parameters(), 8e-4)], limit), 21, limit, minutes)
+        self._read("decoder", self._symbols_of, 8e-4, 21, limit, minutes)
 
     def spell(self, limit: int, minutes: float) -> None:
         """Phase 1 goes on, mostly reading."""
         self.load("decoder")
-        self._read_symbols("spell", Trainer([(self.decoder_parameters(), 6e-4)], limit), 27, limit, minutes)
+        self._read("spell", self._symbols_of, 6e-4, 27, limit, minutes)
 
-    def _read_symbols(self, phase: str, trainer: Trainer, seed: int, limit: int, minutes: float) -> None:
-        feed, meter = Feed(self.architecture, self.model, train_rng(seed)), Meter()
-        tasks = self._tasks(phase)
+    def _read(self, phase: str, show: Show, rate: float, seed: int, limit: int, minutes: float) -> None:
+        """The decoder alone answers questions about the visual tokens that ``show`` makes."""
+        feed, meter, tasks = Feed(self.architecture, self.model, train_rng(seed)), Meter(), self._tasks(phase)
+        trainer = Trainer([(self.decoder_parameters(), rate)], limit)
         for step in steps(limit, minutes):
             shown = feed.draw(tasks)
-            asked, labels = feed.ask(shown), shown.batch.labels
-            visual = self._symbolic(shown, dropout=0.02)
-            visual = visual + 0.03 * torch.randn_like(visual)
-            order = torch.rand(visual.shape[:2]) + 10.0 * (labels["kind"] > 0)
-            where = order.topk(int(SHOWN * visual.shape[1]), 1).indices.sort(1).values
-            found = answer(self.model, self.heads, visual, shown.prompt, asked, labels, where)
+            asked = feed.ask(shown)
+            visual, where = show(feed, shown)
+            found = answer(self.model, self.heads, visual, shown.prompt, asked, shown.batch.labels, where)
             trainer.step(step, found.loss)
             meter.add(found, asked)
             self.report(phase, step, meter)
         self.save(phase)
+
+    def _symbols_of(self, feed: Feed, shown: Shown) -> tuple[torch.Tensor, torch.Tensor]:
+        visual = self._symbolic(shown, dropout=0.02)
+        visual = visual + 0.03 * torch.randn_like(visual)
+        order = torch.rand(visual.shape[:2]) + 10.0 * (shown.batch.labels["kind"] > 0)
+        return visual, order.topk(int(SHOWN * visual.shape[1]), 1).indices.sort(1).values
+
+    @torch.no_grad()
+    def _features_of(self, feed: Feed, shown: Shown) -> tuple[torch.Tensor, None]:
+        return encode(self.model, feed.pixels(shown), len(shown.batch.scenes)), None
 
     def tower(self, limit: int, minutes: float) -> None:
         """Phase 2: dense labels, and the label embeddings as targets."""
@@ -223,26 +232,13 @@ class Transfer(Run):
     def align(self, limit: int, minutes: float) -> None:
         """Between phases 2 and 3: the decoder learns from the tower's own tokens, without the cost of its gradients."""
         self.load("tower")
-        self._read_tower("align", Trainer([(self.decoder_parameters(), 6e-4)], limit), 26, limit, minutes)
+        self._read("align", self._features_of, 6e-4, 26, limit, minutes)
 
     def polish(self, limit: int, minutes: float) -> None:
         """After phase 3 the same once more, gently."""
         self.load("joint")
-        self._read_tower("polish", Trainer([(self.decoder_parameters(), 3e-4)], limit), 28, limit, minutes)
+        self._read("polish", self._features_of, 3e-4, 28, limit, minutes)
         self._export()
-
-    def _read_tower(self, phase: str, trainer: Trainer, seed: int, limit: int, minutes: float) -> None:
-        feed, meter, tasks = Feed(self.architecture, self.model, train_rng(seed)), Meter(), self._tasks(phase)
-        for step in steps(limit, minutes):
-            shown = feed.draw(tasks)
-            asked, labels = feed.ask(shown), shown.batch.labels
-            with torch.no_grad():
-                visual = encode(self.model, feed.pixels(shown), len(shown.batch.scenes))
-            found = answer(self.model, self.heads, visual, shown.prompt, asked, labels)
-            trainer.step(step, found.loss)
-            meter.add(found, asked)
-            self.report(phase, step, meter)
-        self.save(phase)
 
     def _export(self) -> None:
         export(self.model, self.architecture.build_processor(), self.folder / "export")
