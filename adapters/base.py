@@ -237,7 +237,7 @@ class Adapter:
     def shares(self, layout: ItemLayout, size: tuple[int, int] | None) -> Tensor:
         """(N, 4) part of a picture of (height, width) ``size`` that each token shows; see `ItemLayout.box`."""
         if layout.box is not None:
-            return layout.box
+            return layout.box()
         rows, columns = torch.tensor(layout.grids)[layout.view.clamp(min=0)].unbind(1)
         return grid_shares(layout.row, layout.column, rows, columns)
 

@@ -6,6 +6,7 @@ Maps and layouts go through the model's own packing as if they were features, so
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class LlavaNextAdapter(LlavaAdapter):
             thumbnail=0,
             crops=crops,
             size=(int(size[0]), int(size[1])),
-            box=self._boxes(packed, base, size, crops),
+            box=functools.partial(self._boxes, packed, base, size, crops),
         )
 
     def _boxes(self, packed: Tensor, base: Tensor, size: Tensor, crops: tuple[int, int]) -> Tensor:

@@ -5,6 +5,7 @@ Conditions: unpruned; blind (no image tokens at all); random tokens at keep 0.05
 keep 0.25 (IDPruner with all weight on importance).
 
     python benchmarks/mini_llava.py
+    python benchmarks/mini_llava.py --weights build/mini-llava/export   # trained again
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ import json
 import platform
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image
+from weights import add_arguments, load, made_by, target
 
 import vtoken
-import vtoken.mini
 from vtoken.eval.tasks.data import load_data
 
-RESULT = Path(__file__).parent / "results" / "mini_llava.json"
+NAME = "mini-llava"
 BATCH = 50
 CONDITIONS: dict[str, Any] = {
     "unpruned": None,
@@ -70,10 +70,10 @@ def measure(model: Any, processor: Any, name: str, data: Any) -> dict[str, Any]:
 def main() -> None:
     """Measure all conditions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    add_arguments(parser)
     args = parser.parse_args()
     data = load_data()
-    model, processor = vtoken.mini.load("mini-llava")
+    model, processor, digest = load(NAME, args.weights)
     results = {}
     for name in CONDITIONS:
         start = time.time()
@@ -81,15 +81,16 @@ def main() -> None:
         results[name]["seconds"] = round(time.time() - start, 1)
         print(f"{name:28} {results[name]['accuracy']:.3f}", results[name]["by_kind"], flush=True)
     report = {
-        "model": "mini-llava",
-        "weights_sha256": (vtoken.mini.folder("mini-llava") / "sha256").read_text().strip(),
+        "model": NAME,
+        "weights_sha256": digest,
+        **made_by(args.weights),
         "questions_fingerprint": data.fingerprint,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": platform.processor() or platform.machine(),
         "conditions": results,
     }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    target(NAME, args).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

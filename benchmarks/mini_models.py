@@ -6,6 +6,7 @@ by exact match. What reducers do to the models: benchmarks/minis.py. ``mini-llav
 benchmarks/mini_llava.py.
 
     python benchmarks/mini_models.py mini-llava-next
+    python benchmarks/mini_models.py mini-llava-next --weights build/mini-llava-next/export   # trained again
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ import argparse
 import json
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from weights import add_arguments, load, made_by, target
 
 import vtoken.mini
 from vtoken.mini.documents import TASKS, VERSION, Document, held_out
 
-RESULTS = Path(__file__).parent / "results"
 BATCH, LONGEST = 50, 24  # documents a batch, tokens an answer
 CONDITIONS = ("unpruned", "blind")
 
@@ -74,9 +74,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=[name for name in vtoken.mini.names() if name != "mini-llava"])
     parser.add_argument("--count", type=int, default=500, help="documents of each kind")
-    parser.add_argument("--out", type=Path)
+    add_arguments(parser)
     args = parser.parse_args()
-    model, processor = vtoken.mini.load(args.model)
+    model, processor, digest = load(args.model, args.weights)
     kinds = [kind for kind in TASKS if kind != "video" or hasattr(model.model, "get_video_features")]
     documents = {kind: held_out(kind, args.count) for kind in kinds}
     results = {}
@@ -87,7 +87,8 @@ def main() -> None:
         print(f"{name:26} {results[name]['mean']:.3f}", results[name]["by_kind"], flush=True)
     report = {
         "model": args.model,
-        "weights_sha256": (vtoken.mini.folder(args.model) / "sha256").read_text().strip(),
+        "weights_sha256": digest,
+        **made_by(args.weights),
         "generator_version": VERSION,
         "documents_per_kind": args.count,
         "torch": torch.__version__,
@@ -95,8 +96,7 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
         "conditions": results,
     }
-    out = args.out or RESULTS / f"{args.model.replace('-', '_').replace('.', '_')}.json"
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    target(args.model, args).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

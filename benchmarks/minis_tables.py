@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables on all embedded models, from benchmarks/results/minis.json, and from mini_MODEL.json for what they can do.
 
+- ``again``: weights of a second training beside the shipped ones (``mini_llava.py``, ``mini_models.py --weights``);
 - ``embedded``: unpruned and blind accuracy of the models that know all tasks (``mini_models.py``);
 - ``minis/MODEL``: pooled accuracy of every reducer at every keep ratio; a star marks a difference from `random`;
 - ``minis/spread``: by model and task at keep 0.1, the best reducer and `random`;
@@ -24,6 +25,7 @@ from vtoken.eval.comparison.runs import RANDOM, UNPRUNED
 
 SIGNIFICANT = 0.05
 SPREAD_KEEP = 0.1
+AGAIN = "_again"
 LONG_ANSWERS = ("mini_read", "mini_describe")
 INSIDE = 1.2  # tokens over all layers, relative to the budget, from which on a row is given more than its keep ratio
 
@@ -32,7 +34,8 @@ Row = dict[str, Any]
 
 def embedded(results: Path) -> str:
     """What the models can do with all visual tokens, and without any, in percent."""
-    reports = [json.loads(path.read_text()) for path in sorted(results.glob("mini_*.json"))]
+    paths = [path for path in sorted(results.glob("mini_*.json")) if not path.stem.endswith(AGAIN)]
+    reports = [json.loads(path.read_text()) for path in paths]
     reports = [found for found in reports if "exist" in found["conditions"]["blind"]["by_kind"]]
     kinds = list(dict.fromkeys(kind for report in reports for kind in report["conditions"]["unpruned"]["by_kind"]))
     lines = [
@@ -46,6 +49,20 @@ def embedded(results: Path) -> str:
         for condition, found in report["conditions"].items()
     ]
     return markdown(["", "", "all", *kinds], lines, text_columns=2)
+
+
+def again(results: Path) -> str:
+    """Models that were trained again by their one command, beside the shipped ones: unpruned accuracy in percent."""
+    lines = []
+    for path in sorted(results.glob(f"mini_*{AGAIN}.json")):
+        shipped = path.with_name(path.name.replace(AGAIN, ""))
+        for which, report in (("shipped", json.loads(shipped.read_text())), ("again", json.loads(path.read_text()))):
+            found, times = report["conditions"]["unpruned"], report.get("training_minutes", {})
+            minutes = f"{sum(phase['processor'] for phase in times.values()):.0f}" if times else ""
+            mean = found.get("mean", found.get("accuracy"))
+            kinds = ", ".join(f"{kind} {100 * value:.1f}" for kind, value in found["by_kind"].items())
+            lines.append([f"`{report['model']}`", which, minutes, f"**{100 * mean:.1f}**", kinds])
+    return markdown(["model", "weights", "processor minutes", "all", "by kind"], lines, text_columns=2)
 
 
 def keeps(rows: Sequence[Row]) -> list[float]:

@@ -75,7 +75,7 @@ def measure(model: Any, inputs: dict[str, torch.Tensor], args: Any) -> dict[str,
 
 def main() -> None:
     """Measure two decoders: one of many thin layers, in which hooks weigh most, and one that computes."""
-    args = arguments(__doc__, rounds=15, threads=1)
+    args = arguments(__doc__, rounds=41, threads=1)
     gpu = args.device != "cpu"
     dtype = torch.bfloat16 if gpu else torch.float32
     thin = shape_config("llava-tiny")
@@ -83,7 +83,7 @@ def main() -> None:
     thin.vision_config.image_size = 336  # one picture of 576 tokens
     shapes = {"28 thin layers": thin}
     if not args.quick:
-        shapes["llava-next"] = shape_config("llava-next-7b" if gpu else "llava-next-small")
+        shapes["llava-1.5"] = shape_config("llava-1.5-7b" if gpu else "llava-small")
     results = {}
     for name, config in shapes.items():
         model = random_model(config, device=args.device, dtype=dtype)

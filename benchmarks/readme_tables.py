@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of README.md and docs/findings.md from committed results and from the registry.
+"""Write the tables of README.md and of docs/ from committed results and from the registry.
 
 What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated:
 
@@ -8,6 +8,7 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
   (``pytest tests/session tests/adapters --families-report benchmarks/results/families.json``);
 - ``mini_llava``: what the first embedded model can do (``benchmarks/mini_llava.py``);
 - ``embedded``: what the others can do (``benchmarks/mini_models.py``);
+- ``again``: weights of a second training beside the shipped ones;
 - ``speed/NAME``: the section "Speed", one benchmark each (``speed_tables.py``);
 - ``minis/NAME``: ``benchmarks/results/minis.json``, all embedded models (``minis_tables.py``);
 - ``NAME``: ``benchmarks/results/NAME.json``, a ``results.json`` of ``vtoken compare``;
@@ -28,7 +29,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minis_tables import embedded, minis
+from minis_tables import again, embedded, minis
 from speed_tables import TABLES, speed
 from tabular import markdown
 
@@ -41,7 +42,7 @@ from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w./-]+) -->\n?).*?(<!-- /table -->)", re.S)
-FILES = ("README.md", "docs/findings.md")
+FILES = ("README.md", "docs/findings.md", "docs/embedded-models.md")
 NO_TEST = "\N{EN DASH}"
 LEGEND = (
     f"✓ tests pass, {NO_TEST} no test, refused: a test finds the sentence that refuses it. Tiny models with random "
@@ -163,8 +164,8 @@ def table(name: str, results: Path) -> str:
     """The generated text of one block."""
     if name == "reducers":
         return catalogue()
-    if name == "embedded":
-        return embedded(results)
+    if name in ("embedded", "again"):
+        return {"embedded": embedded, "again": again}[name](results)
     file, _, part = name.partition("/")
     if file == "speed" and part in TABLES:
         return speed(part, results)

@@ -39,9 +39,9 @@ class ItemLayout:
         Arrangement of the other views, (0, 0) if there are none or the model is not told.
     size : (height, width) or None
         The original picture in pixels, where the model is told.
-    box : Tensor or None
-        (N, 4) float: x0, y0, x1, y1 of the part of the picture that a token shows, as shares of its width and height.
-        None where every view shows the whole picture.
+    box : callable or None
+        Gives (N, 4) float: x0, y0, x1, y1 of the part of the picture that a token shows, as shares of its width and
+        height. None where every view shows the whole picture.
     """
 
     view: Tensor
@@ -51,7 +51,7 @@ class ItemLayout:
     thumbnail: int | None = None
     crops: tuple[int, int] = (0, 0)
     size: tuple[int, int] | None = None
-    box: Tensor | None = None
+    box: Callable[[], Tensor] | None = None
 
     @property
     def newline(self) -> Tensor:
@@ -162,6 +162,15 @@ class VisualContext:
         self.view = torch.nn.utils.rnn.pad_sequence(views, True, NEWLINE - 1).to(self.hidden.device)
         self.tokens = torch.tensor([len(view) for view in views], device=self.hidden.device)
         self.newline = self.view == NEWLINE
+        self._indexed: tuple[Tensor, Tensor, Any] | None = None
+
+    def _index(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Where the visual tokens are, row and column, and which they are, item and slot; found once for a sequence."""
+        known = self._indexed
+        if known is None or known[0] is not self.item or known[1] is not self.slot:
+            here = self.visual.nonzero(as_tuple=True)
+            self._indexed = known = self.item, self.slot, (here, (self.item[here], self.slot[here]))
+        return known[2]
 
     @property
     def visual(self) -> Tensor:
@@ -175,14 +184,16 @@ class VisualContext:
 
     def per_item(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """Gather a per-token tensor (B, S, ...) into (I, N, ...); ``fill`` where a token is no longer there."""
+        here, token = self._index()
         out = x.new_full((self.items, self.longest, *x.shape[2:]), fill)
-        out[self.item[self.visual], self.slot[self.visual]] = x[self.visual]
+        out[token] = x[here]
         return out
 
     def per_token(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """Spread an item-wise tensor (I, N, ...) over the sequence: (B, S, ...)."""
+        here, token = self._index()
         out = x.new_full((*self.item.shape, *x.shape[2:]), fill)
-        out[self.visual] = x[self.item[self.visual], self.slot[self.visual]]
+        out[here] = x[token]
         return out
 
     @property

@@ -31,7 +31,7 @@ def test_small_pools_change_nothing(name, monkeypatch):
     monkeypatch.setattr(cosines, "WHOLE", 0)
     monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "POOL", 8)
     monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "DRAFT", 6)
-    monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "COLUMNS", 1)
+    monkeypatch.setattr(sys.modules["vtoken.ops.max_sum"], "ALIKE", 2)
     batch = Batch(3, tokens=90, width=20)
     batch.k = torch.tensor([30, 11, 25]) if name != "dpp" else torch.tensor([9, 5, 8])
     select, expected = SELECTIONS[name]

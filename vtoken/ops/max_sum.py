@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Max-sum diversification. Sums of similarities rise and fall, so that no old score bounds a new one.
 
-On the host, picks are drafted among the best tokens, then all tokens are compared with many drafted picks at once. A
-draft holds as far as no other token has a smaller sum.
+On the host, picks are drafted in a pool of promising tokens, then all tokens are compared with the drafted picks at
+once. A draft holds as far as no other token has a smaller sum.
 """
 
 from __future__ import annotations
+
+from collections.abc import Container
 
 import numpy as np
 import torch
@@ -18,9 +20,10 @@ from vtoken.ops.lazy import on_host
 from vtoken.ops.nearest import only, pick
 from vtoken.ops.nested import row_by_row
 
-POOL = 192  # tokens among which picks are drafted
-DRAFT = 32  # picks drafted at a time; a product of so many columns costs little more than one of a few
-COLUMNS = 4  # columns a pick that are held
+POOL = 128  # tokens among which picks are drafted
+AHEAD = 4  # pools are chosen among so many times their number of tokens with the smallest sums
+ALIKE = 4  # tokens of a pool nearest to the same pick: after one of them is picked, the others are far behind
+DRAFT = 16  # columns computed at a time: twice as many cost twice as much, and half as many no less
 
 
 def max_sum(features: Tensor, k: int | Tensor, start: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
@@ -40,43 +43,76 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
     """(1, k) picks of one row without invalid tokens."""
     if cosines.table is not None:
         return pick(cosines, k, valid, first, add=True)
-    picks = torch.full((1, int(k)), -1)
-    total, closed = torch.zeros(valid.shape[1]), torch.zeros(valid.shape[1])
-    columns: dict[int, Tensor] = {}
+    tokens, pool = valid.shape[1], _Pool(cosines)
+    total, nearest = np.zeros(tokens, np.float32), np.full(tokens, -np.inf, np.float32)
+    group = np.zeros(tokens, int)
+    ahead: dict[int, np.ndarray] = {}  # columns of drafted tokens that are not picked yet
+    picks: list[int] = []
     best = int(first.argmax())
-    for step in range(picks.shape[1]):
-        picks[0, step], closed[best] = best, float("inf")
-        if best not in columns:
-            if len(columns) > COLUMNS * picks.shape[1]:
-                columns.clear()
-            draft = _draft(cosines, columns, total + closed, best, min(DRAFT, picks.shape[1] - step))
-            index = torch.tensor([[token for token in draft if token not in columns]])
-            columns.update(zip(index[0].tolist(), cosines.columns(index)[0].contiguous(), strict=True))
-        total = total + columns[best]
-        best = int((total + closed).argmin())
-    return picks
+    while len(picks) < int(k):
+        if best not in ahead:
+            if len(ahead) > int(k):
+                ahead.clear()
+            draft = pool.draft(best, total, group, ahead) if picks else [best]
+            ahead.update(zip(draft, cosines.columns(torch.tensor([draft]))[0].numpy(), strict=True))
+        column = ahead.pop(best)
+        np.copyto(group, len(picks), where=column > nearest)
+        np.maximum(nearest, column, out=nearest)
+        total += column
+        total[best] = np.inf
+        picks.append(best)
+        best = int(total.argmin())
+    return torch.tensor([picks])
 
 
-def _draft(cosines: Cosines, columns: dict[int, Tensor], sums: Tensor, first: int, most: int) -> list[int]:
-    """``first`` and the picks after it, if none but the tokens with the smallest ``sums`` (N,) were to be picked."""
-    index = sums.index_fill(0, torch.tensor(first), float("-inf")).topk(min(POOL, len(sums)), largest=False).indices
-    table, total = _among(cosines, columns, index), sums[index].numpy()  # small steps cost less in numpy
-    draft = [0]
-    while len(draft) < most:
-        total = total + table[draft[-1]]
-        total[draft[-1]] = float("inf")
-        draft.append(int(total.argmin()))
-    return index[draft].tolist()
+class _Pool:
+    """Tokens among which picks are drafted, with the cosines among them; those that stay keep their places."""
+
+    def __init__(self, cosines: Cosines) -> None:
+        self.cosines, tokens = cosines, cosines.shape[1]
+        self.size = min(POOL, tokens)
+        self.tokens = np.full(self.size, tokens)  # a token that does not exist
+        self.place = np.full(tokens + 1, -1)  # of each token in the pool
+        self.units = torch.zeros(self.size, cosines.values.shape[-1])
+        self.table = np.zeros((self.size, self.size), np.float32)
+
+    def draft(self, first: int, total: np.ndarray, group: np.ndarray, ahead: Container[int]) -> list[int]:
+        """``first`` and the picks after it that are not ``ahead``, if none but those of the pool were to be picked."""
+        self._hold(_promising(first, total, group, self.size))
+        sums, drafted = total[self.tokens], [first]
+        best = int(self.place[first])
+        while len(drafted) < DRAFT:
+            sums += self.table[best]
+            sums[best] = np.inf
+            best = int(sums.argmin())
+            if sums[best] == np.inf:
+                break
+            if (token := int(self.tokens[best])) not in ahead:
+                drafted.append(token)
+        return drafted
+
+    def _hold(self, wanted: np.ndarray) -> None:
+        places = self.place[wanted]
+        new = wanted[places < 0]
+        if not len(new):
+            return
+        left = np.ones(self.size, bool)
+        left[places[places >= 0]] = False
+        places = np.flatnonzero(left)
+        self.place[self.tokens[places]] = -1
+        self.tokens[places], self.place[new] = new, places
+        units = self.cosines.units(torch.from_numpy(new)[None])[0]
+        self.units[places] = units
+        rows = (units @ self.units.T).numpy()
+        self.table[places], self.table[:, places] = rows, rows.T
 
 
-def _among(cosines: Cosines, columns: dict[int, Tensor], index: Tensor) -> np.ndarray:
-    """(P, P) cosines of the tokens ``index`` (P,), some of which are among the known ``columns``."""
-    tokens = index.tolist()
-    known = [place for place, token in enumerate(tokens) if token in columns]
-    others = [place for place, token in enumerate(tokens) if token not in columns]
-    table = np.empty((len(tokens), len(tokens)), dtype=np.float32)
-    if known:
-        table[known] = torch.stack([columns[tokens[place]] for place in known])[:, index].numpy()
-        table[np.ix_(others, known)] = table[np.ix_(known, others)].T
-    table[np.ix_(others, others)] = cosines.among(index[None, others])[0].numpy()
-    return table
+def _promising(first: int, total: np.ndarray, group: np.ndarray, size: int) -> np.ndarray:
+    """(size,) tokens with the smallest sums, ``first`` among them, few of each ``group`` (N,) if others will do."""
+    ranked = total.copy()
+    ranked[first] = -np.inf
+    few = np.argpartition(ranked, min(AHEAD * size, len(ranked)) - 1)[: AHEAD * size]
+    few = few[np.lexsort((ranked[few], group[few]))]
+    starts = np.flatnonzero(np.diff(group[few], prepend=-1))
+    place = np.arange(len(few)) - np.repeat(starts, np.diff(starts, append=len(few)))
+    return few[np.lexsort((ranked[few], place >= ALIKE))[:size]]

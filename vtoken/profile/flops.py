@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from vtoken.profile.clock import vision_modules
 from vtoken.profile.run import decisions
@@ -27,7 +28,8 @@ def prefill_flops(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
     a long prompt gains more from that than a short one: only `Flops.causal` is a limit that a pruned prefill can reach.
     """
     skipped: list[int] = []
-    watched = {op: _counting(op, skipped) for op in flop_registry if "scaled_dot_product" in str(op)}
+    attention = {op for op in flop_registry if "scaled_dot_product" in str(op)} | {_ON_CPU}
+    watched = {op: _counting(op, skipped) for op in attention}
     counter = FlopCounterMode(display=False, depth=None, custom_mapping=watched)  # type: ignore[arg-type]
     counts: list[int] = []
     handles = []
@@ -47,13 +49,16 @@ def prefill_flops(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
     return Flops(counted, counted - sum(skipped))
 
 
+_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch 2.14 does not count it
+
+
 def _counting(op: Any, skipped: list[int]) -> Callable[..., int]:
     """torch's count of an attention operator; notes what it does not compute of a causal square."""
-    formula, names = flop_registry[op], [argument.name for argument in op.default._schema.arguments]
+    names = [argument.name for argument in op.default._schema.arguments]
 
     def count(*args: Any, **kwargs: Any) -> int:
-        full = int(formula(*args, **kwargs))
         call = {**dict(zip(names, args, strict=False)), **kwargs}
+        full = sdpa_flop_count(*(call[name].shape for name in ("query", "key", "value")))
         if call.get("is_causal"):
             queries, keys = call["query"].shape[-2], call["key"].shape[-2]
             skipped.append(full - full * (queries + 1) // (2 * keys))

@@ -41,7 +41,12 @@ SHOWN = 0.5  # of the visual tokens of a symbolic document; what is left out is 
 FITTED = 12  # batches from which the label embeddings start
 CROWDED = 0.85  # of the tower's pictures
 # of the tasks in a phase: spelling numbers is new to the decoder and takes the most steps
-EMPHASIS = {"decoder": {"read": 4.0}, "spell": {"read": 8.0}, "align": {"read": 3.0}, "polish": {"read": 3.0}}
+EMPHASIS = {
+    "decoder": {"read": 4.0},
+    "spell": {"read": 8.0},
+    "align": {"read": 3.0},
+    "polish": {"read": 3.0, "scene": 2.0, "video": 0.6},
+}
 TOWER_COLUMNS = 1800  # small batches: many steps leave the plateaus sooner
 SEEN = {"scene": 0.8, "read": 0.2}  # tasks whose pictures teach the tower
 SMALL = {8: 0.6, 6: 0.3, 5: 0.1}, {8: 0.1, 6: 0.3, 5: 0.6}  # cells a side: share at the start, and in the end
