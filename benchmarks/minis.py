@@ -6,6 +6,7 @@ scores of a reducer on one model are then pooled over its tasks and compared wit
 ratio, document by document; p-values are corrected over all rows of a model (Holm).
 
     python benchmarks/minis.py --executor ray
+    python benchmarks/minis.py --executor ray --only mini-qwen2.5-vl   # after a change of that model; others stay
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import dataclasses
 import json
 import subprocess
 from collections import defaultdict
+from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import yaml
 
 from vtoken.eval.comparison.runs import RANDOM, UNPRUNED, Run, read_runs
 from vtoken.eval.comparison.statistics import accuracy, holm, paired
@@ -60,7 +64,7 @@ def pooled(runs: list[Run]) -> tuple[list[float], list[str], list[str]]:
 
 
 def claims(groups: dict[Key, list[Run]]) -> list[dict[str, Any]]:
-    """Every pair of `CLAIMED` on every model, question by question; p-values corrected over all of them (Holm)."""
+    """Every pair of `CLAIMED` on every model, question by question."""
     found = []
     for model in dict.fromkeys(key[0] for key in groups):
         for keep in CLAIMED_AT:
@@ -70,8 +74,6 @@ def claims(groups: dict[Key, list[Run]]) -> list[dict[str, Any]]:
                     test = paired(ours, theirs, pictures)
                     names = {"model": model, "keep": keep, "new": new, "old": old}
                     found.append({**names, **dataclasses.asdict(test.difference), "p_value": test.p_value})
-    for claim, p in zip(found, holm([claim["p_value"] for claim in found]), strict=True):
-        claim["adjusted"] = p
     return found
 
 
@@ -128,21 +130,58 @@ def rounded(value: Any) -> Any:
     return round(value, DIGITS) if isinstance(value, float) else value
 
 
+def sweep_of(name: str, only: list[str], folder: Path) -> str | None:
+    """What ``vtoken sweep`` runs: a shipped sweep, or a copy of it with some of its models; None if it has none."""
+    if not only:
+        return name
+    settings = yaml.safe_load((files("vtoken.configs") / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8"))
+    settings["models"] = [model for model in settings["models"] if model in only]
+    if not settings["models"]:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return str(path)
+
+
+def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """A new report, and what an older one holds of other models; claims are corrected over all models (Holm)."""
+    models = {row["model"] for row in new["rows"]}
+    report = {
+        name: sorted([part for part in old.get(name, []) if part["model"] not in models] + new[name], key=_by_model)
+        for name in ("rows", "claims")
+    }
+    report["made_with"] = {**old.get("made_with", {}), **new["made_with"]}
+    for claim, p in zip(report["claims"], holm([claim["p_value"] for claim in report["claims"]]), strict=True):
+        claim["adjusted"] = p
+    return report
+
+
+def _by_model(part: dict[str, Any]) -> str:
+    return part["model"]
+
+
 def main() -> None:
     """Run the sweeps, or what is left of them, and summarize."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("vtoken-results/minis"), help="of the cells")
     parser.add_argument("--executor", default="local")
+    parser.add_argument("--only", nargs="+", default=[], metavar="MODEL", help="the rows of other models stay")
     parser.add_argument("--summary-only", action="store_true", help="run nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     for sweep in () if args.summary_only else SWEEPS:
-        command = ["vtoken", "sweep", sweep, "--out", str(args.folder / sweep), "--executor", args.executor]
-        subprocess.run(command, check=False)  # failed cells are in the summary
+        if (chosen := sweep_of(sweep, args.only, args.folder)) is not None:
+            command = ["vtoken", "sweep", chosen, "--out", str(args.folder / sweep), "--executor", args.executor]
+            subprocess.run(command, check=False)  # failed cells are in the summary
     groups = read(sorted(folder for folder in args.folder.iterdir() if folder.is_dir()))
-    rows, tests = (",\n".join(json.dumps(rounded(one)) for one in found) for found in (summary(groups), claims(groups)))
-    made_with = json.dumps(surroundings())
-    args.out.write_text(f'{{"rows": [\n{rows}\n],\n"claims": [\n{tests}\n],\n"made_with": {made_with}}}\n')
+    rows = summary(groups)
+    made_with = {row["model"]: surroundings() for row in rows}
+    new = {"rows": rows, "claims": claims(groups), "made_with": made_with}
+    report = merged(new, json.loads(args.out.read_text()) if args.only else {})
+    rows, tests = (",\n".join(json.dumps(rounded(one)) for one in report[name]) for name in ("rows", "claims"))
+    made = json.dumps(report["made_with"])
+    args.out.write_text(f'{{"rows": [\n{rows}\n],\n"claims": [\n{tests}\n],\n"made_with": {made}}}\n')
 
 
 if __name__ == "__main__":

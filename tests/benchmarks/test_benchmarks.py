@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 NAIVE = FOLDER.parent / "tests" / "ops" / "naive.py"
@@ -174,6 +177,31 @@ def test_all_scripts_run_although_one_fails(script, monkeypatch, capsys):
     assert "overhead: exit code 1" in capsys.readouterr().out
 
 
+def test_weights_of_a_training_are_measured_beside_the_shipped_ones(script, tmp_path, monkeypatch):
+    weights, tables = script("weights"), script("minis_tables")
+    export = tmp_path / "run" / "export"
+    shutil.copytree(weights.loader.folder("mini-llava"), export)
+    (tmp_path / "run" / "times.json").write_text('{"tower": {"clock": 3.0, "processor": 2.0}}')
+    _, _, digest = weights.load("mini-llava", export)
+    assert digest == (export / "sha256").read_text().strip()
+    assert weights.made_by(export) == {"training_minutes": {"tower": {"clock": 3.0, "processor": 2.0}}}
+    assert weights.made_by(None) == {}
+    chosen = argparse.Namespace(out=None, weights=export)
+    assert weights.target("mini-qwen2.5-vl", chosen).name == "mini_qwen2_5_vl_again.json"
+    (export / "sha256").write_text("0" * 64)
+    with pytest.raises(ValueError, match="are damaged"):
+        weights.load("mini-llava", export)
+
+    for name, accuracy, more in (("mini_a", 0.9, {}), ("mini_a_again", 0.95, weights.made_by(export))):
+        one = {"mean": accuracy, "by_kind": {"exist": accuracy, "count": accuracy}}
+        conditions = {"unpruned": one, "blind": one}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"model": "a", "conditions": conditions, **more}))
+    text = tables.again(tmp_path)
+    assert "| `a` | shipped |  | **90.0** |" in text
+    assert "| `a` | again | 2 | **95.0** |" in text
+    assert tables.embedded(tmp_path).count("unpruned") == 1
+
+
 @pytest.fixture
 def runs():
     """80 questions on 40 pictures: `dart` knows all, `fastv` half of the pictures, `random` none."""
@@ -201,10 +229,30 @@ def test_the_comparison_says_which_claims_show(script, runs, monkeypatch):
     assert rows["fastv"]["versus_random"]["value"] == 0.5
     assert rows["fastv"]["versus_random"]["adjusted"] < 0.05
     assert "versus_random" not in rows["random"]
-    found = module.claims(defaultdict(list, groups))
+    new = {"rows": list(rows.values()), "claims": module.claims(defaultdict(list, groups)), "made_with": {"m": {}}}
+    found = module.merged(new, {})["claims"]
     assert [(claim["new"], claim["old"], claim["value"]) for claim in found] == [("dart", "fastv", 0.5)]
     assert "| `dart` over `fastv` | +50.0* |" in tables.claims(found)
     assert "| `fastv` | 50.0 + | 50 % | 10 % |" in tables.matrix(list(rows.values()), "m")
+
+
+def test_one_model_is_replaced_and_all_claims_are_corrected_again(script, tmp_path):
+    module = script("minis")
+    path = module.sweep_of("minis", ["mini-qwen2.5-vl"], tmp_path)
+    settings, whole = (yaml.safe_load(Path(p).read_text()) for p in (path, FOLDER.parent / "configs/sweeps/minis.yaml"))
+    assert settings == {**whole, "models": ["mini-qwen2.5-vl"]}
+    assert module.sweep_of("minis-next", ["mini-qwen2.5-vl"], tmp_path) is None
+    assert module.sweep_of("minis", [], tmp_path) == "minis"
+
+    def report(model, p, value):
+        claim = {"model": model, "p_value": p, "adjusted": 9.0}
+        return {"rows": [{"model": model, "value": value}], "claims": [claim], "made_with": {model: {"torch": value}}}
+
+    old = module.merged(report("b", 0.02, "old"), report("a", 0.01, "old"))
+    found = module.merged(report("a", 0.03, "new"), old)
+    assert [(row["model"], row["value"]) for row in found["rows"]] == [("a", "new"), ("b", "old")]
+    assert [claim["adjusted"] for claim in found["claims"]] == pytest.approx([0.04, 0.04])
+    assert found["made_with"] == {"a": {"torch": "new"}, "b": {"torch": "old"}}
 
 
 def test_cells_of_two_versions_are_not_pooled(script, runs, monkeypatch):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
@@ -33,6 +34,9 @@ def test_all_phases_and_export(name, tmp_path, monkeypatch):
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "export")
     assert type(model) is type(ARCHITECTURES[name].build_model(0))
     AutoProcessor.from_pretrained(tmp_path / "export")
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert list(times) == list(ARCHITECTURES[name].steps)
+    assert all(set(phase) == {"clock", "processor"} for phase in times.values())
 
 
 def test_unknown_phase(tmp_path, monkeypatch, capsys):

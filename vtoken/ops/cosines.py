@@ -11,6 +11,7 @@ from torch import Tensor
 from vtoken.ops.common import EPS, finite
 
 CHUNK = 512  # rows of similarities held at a time
+FEW = 6  # columns that are computed as rows: the other way round is as slow for one as for sixteen
 WHOLE = 1024  # tokens up to which one product of all is faster than several of some
 
 
@@ -72,13 +73,13 @@ class Cosines:
         """(B, P, N) cosines of the tokens ``index`` (B, P) and all tokens."""
         if self.table is not None:
             return self.table[:, index[0]]
-        if index.shape[1] == 1:
+        if index.shape[1] <= FEW:
             return (self.units(index) @ self.values.mT).mul_(self.inverse[:, None])
         return (self.values @ self.units(index).mT).mul_(self.inverse[..., None]).mT  # this way round is fast when thin
 
     def facing(self, others: Cosines) -> Tensor:
         """(S, O) cosines of the tokens of the first row and those of another selection of it."""
-        return (self.values[0] @ (others.values[0] * others.inverse[0, :, None]).T).mul_(self.inverse[0, :, None])
+        return (self.values[0] @ others.values[0].T).mul_(self.inverse[0, :, None]).mul_(others.inverse[0])
 
     def among(self, index: Tensor) -> Tensor:
         """(B, P, P) cosines of the tokens ``index`` (B, P)."""

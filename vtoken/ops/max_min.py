@@ -12,8 +12,9 @@ from vtoken.ops.lazy import on_host
 from vtoken.ops.nearest import only, pick
 from vtoken.ops.nested import row_by_row
 
-PART = 256  # tokens that those in the race for the most isolated one meet at a time
-FINAL = 16  # of them, whose nearest neighbours are found at once
+BLOCK = 384  # tokens that meet as many others at a time
+PART = 512  # tokens of all that the last in the race meet at a time
+FINAL = 32  # of them, whose nearest neighbours are found at once
 ROUNDING = 1e-5  # by which cosines from products of other shapes may differ
 
 
@@ -47,35 +48,81 @@ def nearest_similarity(cosines: Cosines, valid: Tensor) -> Tensor:
 
 
 def most_isolated(cosines: Cosines) -> int:
-    """The token of one row with the smallest `nearest_similarity`, without computing it for all of a long one.
-
-    Tokens meet the others part by part and leave once they met one that they are nearer to than the best is to any.
-    """
+    """The token of one row with the smallest `nearest_similarity`, without computing it for all of a long one."""
     if cosines.table is not None:
         return int(cosines.table[0].clone().fill_diagonal_(-1.0).amax(1).argmin())
-    tokens = cosines.shape[1]
-    racing, rows = torch.arange(tokens), cosines
-    found, limit = torch.full((tokens,), -1.0), float("inf")
-    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))  # neighbours are alike: they tell little
-    for turn, others in enumerate(order.split(PART)):
-        if len(racing) <= FINAL:
-            break
-        near = rows.facing(cosines.part(0, others)).masked_fill_(racing[:, None] == others, -1.0)
-        found = torch.maximum(found, near.amax(1))
-        if turn == 0:  # the first part met everyone
-            limit = float(near.amax(0).amin()) + ROUNDING
-        elif turn == 1:
-            few = racing[found.topk(min(FINAL, len(racing)), largest=False).indices]
-            limit = min(limit, float(_nearest(cosines, few).amin()) + ROUNDING)
-        ahead = (found <= limit).nonzero()[:, 0]
-        if 2 * len(ahead) <= len(racing):  # copying the rows of fewer tokens costs more than it saves
-            racing, rows, found = racing[ahead], rows.part(0, ahead), found[ahead]
-    if len(racing) <= FINAL:
-        found = _nearest(cosines, racing)
-    return int(racing[found.argmin()])
+    race = _Race(cosines)
+    race.among_each_other()
+    race.against_all()
+    return race.best[1]
 
 
-def _nearest(cosines: Cosines, few: Tensor) -> Tensor:
-    """(F,): the largest similarity of the tokens ``few`` (F,) to any other token."""
-    near = cosines.columns(few[None])[0]
-    return near.scatter(1, few[:, None], -1.0).amax(1)
+class _Race:
+    """Tokens leave once they met one that they are nearer to than the best is to any, or are compared with all.
+
+    Attributes
+    ----------
+    racing : Tensor
+        (R,) long: tokens that may be the most isolated one.
+    found : Tensor
+        (R,): the largest similarity of each to those that it met.
+    best : (float, int)
+        The smallest similarity to the nearest neighbour that is known, and whose it is.
+    """
+
+    def __init__(self, cosines: Cosines) -> None:
+        self.cosines = self.rows = cosines
+        self.racing = torch.arange(cosines.shape[1])
+        self.found = torch.full((cosines.shape[1],), -1.0)
+        self.best = float("inf"), -1
+        self.random = torch.Generator().manual_seed(0)
+
+    def among_each_other(self) -> None:
+        """Each product tells about both of its sides, until there are few left."""
+        distance = 0
+        while len(self.racing) > BLOCK:
+            blocks = torch.arange(len(self.racing)).split(BLOCK)
+            half = (len(blocks) + 1) // 2
+            for i in range(half):
+                if (j := (i + half + distance) % len(blocks)) != i:
+                    self._meet(blocks[i], blocks[j])
+            distance = 0 if self._leave(at_least=0.5, shuffled=True) else distance + 1
+
+    def against_all(self) -> None:
+        """Those that are left meet everyone, part by part."""
+        for others in torch.randperm(self.cosines.shape[1], generator=self.random).split(PART):
+            if len(self.racing) <= FINAL:
+                break
+            near = self.rows.facing(self.cosines.part(0, others))
+            near.masked_fill_(self.racing[:, None] == others, -1.0)
+            self.found = torch.maximum(self.found, near.amax(1))
+            self._leave()
+        if len(self.racing):
+            self._finish(torch.arange(len(self.racing)))
+
+    def _meet(self, some: Tensor, others: Tensor) -> None:
+        near = self.rows.part(0, some).facing(self.rows.part(0, others))
+        self.found[some] = torch.maximum(self.found[some], near.amax(1))
+        self.found[others] = torch.maximum(self.found[others], near.amax(0))
+
+    def _leave(self, at_least: float = 0.0, shuffled: bool = False) -> bool:
+        """Compare the most promising with all, then go on without those that cannot win, if they are ``at_least`` a
+        share: copying the rows of the others has its cost."""
+        self._finish(self.found.topk(min(FINAL, len(self.racing)), largest=False).indices)
+        ahead = (self.found <= self.best[0] + ROUNDING).nonzero()[:, 0]
+        if len(ahead) > (1 - at_least) * len(self.racing):
+            return False
+        if shuffled:
+            ahead = ahead[torch.randperm(len(ahead), generator=self.random)]
+        self.racing, self.found = self.racing[ahead], self.found[ahead]
+        if len(ahead):
+            self.rows = self.rows.part(0, ahead)
+        return True
+
+    def _finish(self, few: Tensor) -> None:
+        """Compare the tokens ``few`` (F,) of the race with all; they leave it."""
+        tokens = self.racing[few]
+        near = self.cosines.columns(tokens[None])[0].scatter(1, tokens[:, None], -1.0).amax(1)
+        order = torch.stack([near.double(), tokens.double()], 1).tolist()  # ties go to the lowest token
+        self.best = min(self.best, *((value, int(token)) for value, token in order))
+        self.found[few] = float("inf")
