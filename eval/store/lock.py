@@ -43,15 +43,20 @@ class CellLock:
     def attempt(self) -> Iterator[bool]:
         """Hold the lock if it is free or its holder is dead; says whether it does, never waits."""
         self._drop_empty()
-        try:
-            self._file.acquire(blocking=False)
-        except Timeout:
+        if not (self._acquire() or self._acquire()):  # the first may only have removed the lock of a dead holder
             yield False
             return
         try:
             yield True
         finally:
             self._file.release()
+
+    def _acquire(self) -> bool:
+        try:
+            self._file.acquire(blocking=False)
+        except Timeout:
+            return False
+        return True
 
     @property
     def holder(self) -> int | None:

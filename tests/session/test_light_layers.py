@@ -12,12 +12,12 @@ import tiny
 import torch
 from light import Light, cells_of, undoing
 from oracles import TOLERANCE, alone, extended, generate, language_model, visual_and_real
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CompileConfig
 
 import vtoken
 from vtoken.light import LightLayer, plan
 from vtoken.light.attention import LightAttention
+from vtoken.profile.flops import flop_counter
 from vtoken.reducers.heads import HeadRatios
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl")
@@ -208,7 +208,7 @@ def test_operations_are_saved_in_proportion():
     width, neurons = config.hidden_size, config.intermediate_size
 
     def operations(reducer):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             if reducer is None:
                 model(**inputs)
             else:

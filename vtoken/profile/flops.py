@@ -28,9 +28,7 @@ def prefill_flops(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
     a long prompt gains more from that than a short one: only `Flops.causal` is a limit that a pruned prefill can reach.
     """
     skipped: list[int] = []
-    attention = {op for op in flop_registry if "scaled_dot_product" in str(op)} | {_ON_CPU}
-    watched = {op: _counting(op, skipped) for op in attention}
-    counter = FlopCounterMode(display=False, depth=None, custom_mapping=watched)  # type: ignore[arg-type]
+    counter = flop_counter(skipped)
     counts: list[int] = []
     handles = []
     for module in vision_modules(model):
@@ -47,6 +45,14 @@ def prefill_flops(model: nn.Module, inputs: Mapping[str, Any]) -> Flops:
             handle.remove()
     counted = int(counter.get_total_flops() - sum(counts) - selection())
     return Flops(counted, counted - sum(skipped))
+
+
+def flop_counter(skipped: list[int] | None = None) -> FlopCounterMode:
+    """torch's counter, with attention on CPUs; ``skipped`` collects what causal kernels leave out of its count."""
+    noted: list[int] = [] if skipped is None else skipped
+    forward = {op for op in flop_registry if "scaled_dot_product" in str(op) and "backward" not in str(op)}
+    watched = {op: _counting(op, noted) for op in forward | {_ON_CPU}}
+    return FlopCounterMode(display=False, depth=None, custom_mapping=watched)  # type: ignore[arg-type]
 
 
 _ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch 2.14 does not count it
