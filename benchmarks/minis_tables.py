@@ -52,17 +52,19 @@ def embedded(results: Path) -> str:
 
 
 def again(results: Path) -> str:
-    """Models that were trained again by their one command, beside the shipped ones: unpruned accuracy in percent."""
+    """Models that were trained again by their one command, beside the shipped ones, in percent."""
     lines = []
     for path in sorted(results.glob(f"mini_*{AGAIN}.json")):
         shipped = path.with_name(path.name.replace(AGAIN, ""))
         for which, report in (("shipped", json.loads(shipped.read_text())), ("again", json.loads(path.read_text()))):
-            found, times = report["conditions"]["unpruned"], report.get("training_minutes", {})
+            times = report.get("training_minutes", {})
             minutes = f"{sum(phase['processor'] for phase in times.values()):.0f}" if times else ""
-            mean = found.get("mean", found.get("accuracy"))
-            kinds = ", ".join(f"{kind} {100 * value:.1f}" for kind, value in found["by_kind"].items())
-            lines.append([f"`{report['model']}`", which, minutes, f"**{100 * mean:.1f}**", kinds])
-    return markdown(["model", "weights", "processor minutes", "all", "by kind"], lines, text_columns=2)
+            for condition, found in report["conditions"].items():
+                mean = found.get("mean", found.get("accuracy"))
+                kinds = ", ".join(f"{kind} {100 * value:.0f}" for kind, value in found["by_kind"].items())
+                lines.append([f"`{report['model']}`", condition, which, minutes, f"**{100 * mean:.1f}**", kinds])
+    lines.sort(key=lambda line: line[0])
+    return markdown(["model", "", "weights", "processor minutes", "all", "by kind"], lines, text_columns=3)
 
 
 def keeps(rows: Sequence[Row]) -> list[float]:

@@ -197,8 +197,8 @@ def test_weights_of_a_training_are_measured_beside_the_shipped_ones(script, tmp_
         conditions = {"unpruned": one, "blind": one}
         (tmp_path / f"{name}.json").write_text(json.dumps({"model": "a", "conditions": conditions, **more}))
     text = tables.again(tmp_path)
-    assert "| `a` | shipped |  | **90.0** |" in text
-    assert "| `a` | again | 2 | **95.0** |" in text
+    assert "| `a` | unpruned | shipped |  | **90.0** | exist 90, count 90 |" in text
+    assert "| `a` | blind | again | 2 | **95.0** | exist 95, count 95 |" in text
     assert tables.embedded(tmp_path).count("unpruned") == 1
 
 
