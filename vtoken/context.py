@@ -164,7 +164,7 @@ class VisualContext:
         self.newline = self.view == NEWLINE
         self._indexed: tuple[Tensor, Tensor, Any] | None = None
 
-    def _index(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _index(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Where the visual tokens are, row and column, and which they are, item and slot; found once for a sequence."""
         known = self._indexed
         if known is None or known[0] is not self.item or known[1] is not self.slot:
