@@ -17,6 +17,7 @@ import json
 import subprocess
 from collections import defaultdict
 from importlib.resources import files
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -148,17 +149,15 @@ def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """A new report, and what an older one holds of other models; claims are corrected over all models (Holm)."""
     models = {row["model"] for row in new["rows"]}
     report = {
-        name: sorted([part for part in old.get(name, []) if part["model"] not in models] + new[name], key=_by_model)
+        name: sorted(
+            [part for part in old.get(name, []) if part["model"] not in models] + new[name], key=itemgetter("model")
+        )
         for name in ("rows", "claims")
     }
     report["made_with"] = {**old.get("made_with", {}), **new["made_with"]}
     for claim, p in zip(report["claims"], holm([claim["p_value"] for claim in report["claims"]]), strict=True):
         claim["adjusted"] = p
     return report
-
-
-def _by_model(part: dict[str, Any]) -> str:
-    return part["model"]
 
 
 def main() -> None:
@@ -175,9 +174,9 @@ def main() -> None:
             command = ["vtoken", "sweep", chosen, "--out", str(args.folder / sweep), "--executor", args.executor]
             subprocess.run(command, check=False)  # failed cells are in the summary
     groups = read(sorted(folder for folder in args.folder.iterdir() if folder.is_dir()))
-    rows = summary(groups)
-    made_with = {row["model"]: surroundings() for row in rows}
-    new = {"rows": rows, "claims": claims(groups), "made_with": made_with}
+    found = summary(groups)
+    made_with = dict.fromkeys((row["model"] for row in found), surroundings())
+    new = {"rows": found, "claims": claims(groups), "made_with": made_with}
     report = merged(new, json.loads(args.out.read_text()) if args.only else {})
     rows, tests = (",\n".join(json.dumps(rounded(one)) for one in report[name]) for name in ("rows", "claims"))
     made = json.dumps(report["made_with"])

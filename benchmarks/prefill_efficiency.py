@@ -2,8 +2,7 @@
 """How near a pruned prefill comes to its FLOP ratio; writes benchmarks/results/prefill_efficiency.json.
 
 Token layouts of LLaVA-NeXT, Qwen2.5-VL and LLaVA-OneVision clips, at full size on a GPU and with a decoder of 4 layers
-of width 2048 on a CPU: with less of either, a tenth of the tokens no longer keeps the arithmetic units busy, pruned or
-not. The selection is `random`, which costs nothing: what is measured is everything else.
+of width 2048 on a CPU. The selection is `random`, which costs nothing: what is measured is everything else.
 
 The limit that counts is that of the operations which are executed: torch's counter takes causal attention for complete,
 which no kernel computes. Its limit stands beside it.

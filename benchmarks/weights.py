@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
 from vtoken.mini import loader
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,10 +27,9 @@ def load(name: str, weights: Path | None) -> tuple[Any, Any, str]:
     ValueError
         If the weights are not those of their digest.
     """
-    folder = weights or loader.folder(name)
+    folder = loader.folder(name) if weights is None else weights
     loader.check(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder).float().eval()
-    return model, AutoProcessor.from_pretrained(folder), (folder / "sha256").read_text().strip()
+    return *loader.read(folder), (folder / "sha256").read_text().strip()
 
 
 def made_by(weights: Path | None) -> dict[str, Any]:

@@ -78,8 +78,12 @@ def load(name: str = "mini-llava", dtype: torch.dtype = torch.float32) -> tuple[
     ValueError
         If the name is unknown or the weights are damaged.
     """
+    return read(folder(name), dtype)
+
+
+def read(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """What `load` does with the folder of a model."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    path = folder(name)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     return model.eval(), AutoProcessor.from_pretrained(path)

@@ -123,6 +123,5 @@ class _Race:
         """Compare the tokens ``few`` (F,) of the race with all; they leave it."""
         tokens = self.racing[few]
         near = self.cosines.columns(tokens[None])[0].scatter(1, tokens[:, None], -1.0).amax(1)
-        order = torch.stack([near.double(), tokens.double()], 1).tolist()  # ties go to the lowest token
-        self.best = min(self.best, *((value, int(token)) for value, token in order))
+        self.best = min(self.best, *zip(near.tolist(), tokens.tolist(), strict=True))  # ties go to the lowest token
         self.found[few] = float("inf")

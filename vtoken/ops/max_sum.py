@@ -92,12 +92,13 @@ class _Pool:
         return drafted
 
     def _hold(self, wanted: np.ndarray) -> None:
-        places = self.place[wanted]
-        new = wanted[places < 0]
+        """Put the tokens ``wanted`` (size,) in the places of those that are no longer."""
+        held = self.place[wanted]
+        new = wanted[held < 0]
         if not len(new):
             return
         left = np.ones(self.size, bool)
-        left[places[places >= 0]] = False
+        left[held[held >= 0]] = False
         places = np.flatnonzero(left)
         self.place[self.tokens[places]] = -1
         self.tokens[places], self.place[new] = new, places
