@@ -20,12 +20,12 @@ from typing import Any
 
 from scipy.stats import spearmanr
 from tabular import markdown
+from weights import AGAIN
 
 from vtoken.eval.comparison.runs import RANDOM, UNPRUNED
 
 SIGNIFICANT = 0.05
 SPREAD_KEEP = 0.1
-AGAIN = "_again"
 LONG_ANSWERS = ("mini_read", "mini_describe")
 INSIDE = 1.2  # tokens over all layers, relative to the budget, from which on a row is given more than its keep ratio
 

@@ -11,6 +11,7 @@ from typing import Any
 from vtoken.mini import loader
 
 RESULTS = Path(__file__).parent / "results"
+AGAIN = "_again"  # at the end of the name of what other weights than the shipped ones gave
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,4 +42,4 @@ def made_by(weights: Path | None) -> dict[str, Any]:
 def target(name: str, args: argparse.Namespace) -> Path:
     """Where the results go; those of other weights never replace those of the shipped ones."""
     stem = name.replace("-", "_").replace(".", "_")
-    return args.out or RESULTS / f"{stem}{'_again' if args.weights else ''}.json"
+    return args.out or RESULTS / f"{stem}{AGAIN if args.weights else ''}.json"

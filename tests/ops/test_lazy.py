@@ -166,6 +166,16 @@ def test_short_rows_with_all_similarities_at_hand_give_the_same(name, monkeypatc
     assert sum(computed) == 3  # once a row
 
 
+def test_tokens_that_are_all_alike_are_not_compared_in_one_matrix(monkeypatch):
+    """None of them leaves the race."""
+    widths = []
+    columns = Cosines.columns
+    monkeypatch.setattr(Cosines, "columns", lambda self, index: widths.append(index.shape[1]) or columns(self, index))
+    part = Cosines(torch.ones(1, 1500, 16), torch.ones(1, 1500, dtype=torch.bool))
+    assert most_isolated(part) == 0
+    assert 0 < max(widths) <= 32
+
+
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_most_isolated_token_is_found_with_and_without_the_matrix(seed, table):

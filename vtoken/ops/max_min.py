@@ -78,9 +78,9 @@ class _Race:
         self.random = torch.Generator().manual_seed(0)
 
     def among_each_other(self) -> None:
-        """Each product tells about both of its sides, until there are few left."""
-        distance = 0
-        while len(self.racing) > BLOCK:
+        """Each product tells about both of its sides, until there are few left or hardly any leave."""
+        distance = half = 0
+        while len(self.racing) > BLOCK and distance <= half:
             blocks = torch.arange(len(self.racing)).split(BLOCK)
             half = (len(blocks) + 1) // 2
             for i in range(half):
@@ -92,13 +92,12 @@ class _Race:
         """Those that are left meet everyone, part by part."""
         for others in torch.randperm(self.cosines.shape[1], generator=self.random).split(PART):
             if len(self.racing) <= FINAL:
-                break
+                return self._finish(torch.arange(len(self.racing)))
             near = self.rows.facing(self.cosines.part(0, others))
             near.masked_fill_(self.racing[:, None] == others, -1.0)
             self.found = torch.maximum(self.found, near.amax(1))
             self._leave()
-        if len(self.racing):
-            self._finish(torch.arange(len(self.racing)))
+        self.best = min([self.best, *zip(self.found.tolist(), self.racing.tolist(), strict=True)])
 
     def _meet(self, some: Tensor, others: Tensor) -> None:
         near = self.rows.part(0, some).facing(self.rows.part(0, others))
@@ -123,5 +122,5 @@ class _Race:
         """Compare the tokens ``few`` (F,) of the race with all; they leave it."""
         tokens = self.racing[few]
         near = self.cosines.columns(tokens[None])[0].scatter(1, tokens[:, None], -1.0).amax(1)
-        self.best = min(self.best, *zip(near.tolist(), tokens.tolist(), strict=True))  # ties go to the lowest token
+        self.best = min([self.best, *zip(near.tolist(), tokens.tolist(), strict=True)])  # ties go to the lowest token
         self.found[few] = float("inf")

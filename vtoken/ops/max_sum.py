@@ -51,7 +51,7 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
     best = int(first.argmax())
     while len(picks) < int(k):
         if best not in ahead:
-            if len(ahead) > int(k):
+            if len(ahead) > int(k) + DRAFT:
                 ahead.clear()
             draft = pool.draft(best, total, group, ahead) if picks else [best]
             ahead.update(zip(draft, cosines.columns(torch.tensor([draft]))[0].numpy(), strict=True))
