@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -285,6 +286,8 @@ def single_view(rows: int, columns: int) -> ItemLayout:
     return equal_views(1, rows, columns)
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # a cached tensor may be an index in a pass that keeps gradients
 def equal_views(views: int, rows: int, columns: int, newlines: int = 0) -> ItemLayout:
     """Several full grids of one shape, one after the other (frames, tiles), then ``newlines`` separators."""
     index = torch.arange(views * rows * columns)

@@ -85,7 +85,8 @@ def prefills(shape: str, args: Any) -> dict[str, Any]:
 def session(shape: str, args: Any) -> dict[str, Any]:
     """Prefill and decode steps of a wrapped model next to the unwrapped one."""
     model = _model(shape, args)
-    return overhead.measure(model, synthetic_inputs(model, 1, 48 if args.small else 576), args)
+    inputs = synthetic_inputs(model, 1, 48 if args.small else 576)
+    return overhead.measure(model, inputs, args.rounds if args.small else 7 * args.rounds, args.device)
 
 
 def batches(shape: str, args: Any) -> dict[str, Any]:

@@ -58,8 +58,19 @@ def race(
     Returns
     -------
     dict
-        Per name ``median``, ``iqr`` and ``speedup``: the median over the rounds of first / this.
+        As `summary` gives it.
     """
+    return summary(round_times(runs, rounds, device, warmup, around))
+
+
+def round_times(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: str = "cpu",
+    warmup: int = 1,
+    around: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of several functions in turn, round by round; see `race`."""
     target = torch.device(device)
 
     def timed(name: str) -> float:
@@ -68,7 +79,11 @@ def race(
             runs[name]()
             return (device_now(target) - start) * 1e3
 
-    found = alternate({name: partial(timed, name) for name in runs}, rounds, warmup)
+    return alternate({name: partial(timed, name) for name in runs}, rounds, warmup)
+
+
+def summary(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Per name ``median``, ``iqr`` and ``speedup``: the median over the rounds of first / this."""
     first = next(iter(found.values()))
     return {
         name: {**asdict(Spread.of(times)), "speedup": median(a / b for a, b in zip(first, times, strict=True))}

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
-from harness import arguments, race, save
+from harness import arguments, round_times, save, summary
+from scipy.stats import quantile_test
 
 import vtoken
 from vtoken.adapters.synthetic import synthetic_inputs
@@ -50,9 +52,8 @@ def decoding(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
     return run
 
 
-def measure(model: Any, inputs: dict[str, torch.Tensor], args: Any) -> dict[str, Any]:
-    """Milliseconds of a prefill and of a decode step, unwrapped and wrapped; what is added is the median difference to
-    the unwrapped run of the same round."""
+def measure(model: Any, inputs: dict[str, torch.Tensor], rounds: int, device: str) -> dict[str, Any]:
+    """Milliseconds of a prefill and of a decode step, unwrapped and wrapped, and what is added."""
     around = {name: functools.partial(vtoken.reduce, model, reducer) for name, reducer in REDUCERS.items()}
     with torch.inference_mode():
         steps: dict[str, Callable[[], Any]] = {"unwrapped": decoding(model, inputs)}
@@ -60,36 +61,42 @@ def measure(model: Any, inputs: dict[str, torch.Tensor], args: Any) -> dict[str,
             with wrapped():
                 steps[name] = decoding(model, inputs)
         both = dict.fromkeys(("unwrapped", "keep all"), lambda: model(**inputs, use_cache=True, logits_to_keep=1))
-        first = race(both, args.rounds, args.device, around=around)
-        later = race(steps, STEPS * args.rounds, args.device, warmup=3, around=around)
-    plain = later["unwrapped"]["median"]
-    added = {name: plain * (1 / found["speedup"] - 1) for name, found in later.items() if name != "unwrapped"}
+        first = round_times(both, rounds, device, around=around)
+        later = round_times(steps, STEPS * rounds, device, warmup=3, around=around)
+    plain = median(first["unwrapped"])
     return {
-        "prefill": first,
-        "decode": later,
-        "prefill_share": 1 / first["keep all"]["speedup"] - 1,
-        "decode_ms_added": added,
+        "prefill": summary(first),
+        "decode": summary(later),
+        "prefill_share": [ms / plain for ms in added(first, "keep all")],
+        "decode_ms_added": {name: added(later, name) for name in REDUCERS},
         "targets": TARGETS,
     }
 
 
+def added(found: dict[str, list[float]], name: str) -> list[float]:
+    """Milliseconds that ``name`` takes more than the unwrapped run of the same round: the median over the rounds, and
+    the bounds of its 95 % confidence interval."""
+    more = [mine - plain for plain, mine in zip(found["unwrapped"], found[name], strict=True)]
+    return [median(more), *quantile_test(more, p=0.5).confidence_interval(0.95)]
+
+
 def main() -> None:
     """Measure two decoders: one of many thin layers, in which hooks weigh most, and one that computes."""
-    args = arguments(__doc__, rounds=41, threads=1)
+    args = arguments(__doc__, rounds=61, threads=1)
     gpu = args.device != "cpu"
     dtype = torch.bfloat16 if gpu else torch.float32
     thin = shape_config("llava-tiny")
     thin.text_config.num_hidden_layers = 4 if args.quick else 28
     thin.vision_config.image_size = 336  # one picture of 576 tokens
-    shapes = {"28 thin layers": thin}
+    shapes = {"28 thin layers": (thin, 10 * args.rounds)}
     if not args.quick:
-        shapes["llava-1.5"] = shape_config("llava-1.5-7b" if gpu else "llava-small")
+        shapes["llava-1.5"] = shape_config("llava-1.5-7b" if gpu else "llava-small"), args.rounds
     results = {}
-    for name, config in shapes.items():
+    for name, (config, rounds) in shapes.items():
         model = random_model(config, device=args.device, dtype=dtype)
-        results[name] = found = measure(model, synthetic_inputs(model, 1, 576), args)
-        added = ", ".join(f"{key} {value:+.3f} ms" for key, value in found["decode_ms_added"].items())
-        print(f"{name}: prefill {found['prefill_share']:+.2%}, decode step {added}", flush=True)
+        results[name] = found = measure(model, synthetic_inputs(model, 1, 576), rounds, args.device)
+        more = ", ".join(f"{key} {value:+.3f} ms" for key, (value, *_) in found["decode_ms_added"].items())
+        print(f"{name}: prefill {found['prefill_share'][0]:+.2%}, decode step {more}", flush=True)
     save("overhead", results, args)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How near a pruned prefill comes to its FLOP ratio; writes benchmarks/results/prefill_efficiency.json.
 
-Token layouts of LLaVA-NeXT, Qwen2.5-VL and LLaVA-OneVision clips, at full size on a GPU and with a decoder of 4 layers
+Token layouts of LLaVA-NeXT, Qwen2.5-VL and LLaVA-OneVision clips, at full size on a GPU and with a decoder of 8 layers
 of width 2048 on a CPU. The selection is `random`, which costs nothing: what is measured is everything else.
 
 The limit that counts is that of the operations which are executed: torch's counter takes causal attention for complete,
@@ -26,7 +26,7 @@ from vtoken.profile.shapes import random_model, shape_config
 FAMILIES = ("llava-next", "qwen2.5-vl", "llava-onevision")
 KEEP = (0.25, 0.1)
 TOKENS = 2880  # of a LLaVA-NeXT picture
-WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_hidden_layers": 4}
+WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_hidden_layers": 8}
 
 
 def wide_config(family: str, quick: bool) -> Any:

@@ -87,7 +87,8 @@ class Session:
                 "backend='mask' is not defined for a decoder with recurrent layers, which see a hidden token all the "
                 "same: use backend='drop'."
             )
-        active = not reducer.is_identity
+        self._idle = reducer.is_identity
+        active = not self._idle
         self.layers = frozenset(reducer.layers(depth)) if active else frozenset()
         self.taps = reducer.taps(depth) if active else {}
         reads, projector = (reducer.encoder_reads(), reducer.needs_projector) if active else ((), False)
@@ -103,7 +104,7 @@ class Session:
                     "choose a layer that attends, or a reducer that reads no attention."
                 )
         self.light = LightDecoder(adapter, light, self.taps)
-        self.stats: Stats | None = None
+        self._stats: Stats | Callable[[], Stats] | None = None
         self._forward: _Forward | None = None
         self._owner: int | None = None  # the thread whose forward pass is under way
         self._claim = threading.Lock()
@@ -170,6 +171,13 @@ class Session:
         """The sequence that the decoder layers work on since a cut inside of the decoder, None without one."""
         prefill = None if self._forward is None else self._forward.prefill
         return None if prefill is None or len(prefill.groups) == 1 else prefill.groups[-1]
+
+    @property
+    def stats(self) -> Stats | None:
+        """Of the last prefill; where nothing was reduced they are counted when somebody asks."""
+        if callable(self._stats):
+            self._stats = self._stats()
+        return self._stats
 
     # ------------------------------------------------------------------ vision side
     def _reading(self, modality: str, original: Callable) -> Callable:
@@ -274,7 +282,7 @@ class Session:
 
     def _check_window(self, cache: Any, length: int) -> None:
         """Sliding windows are exact in a first prompt and in single steps, which know the original distances."""
-        if self.reducer.is_identity or not self._sliding:
+        if self._idle or not self._sliding:
             return
         window = self.adapter.language_model.config.sliding_window
         if is_static(cache):
@@ -340,26 +348,38 @@ class Session:
         past = logical_length(kwargs.get("past_key_values"))
         cache = kwargs.get("past_key_values")
         real = self._real_tokens(mask, embeds, past, cache)
+        if self._idle and forward.state is None:
+            blank = embeds.new_empty(*real.shape, 0)  # the states themselves would stay in memory until the next prompt
+            self._stats = functools.partial(self._whole, forward.kinds, forward.records, blank, real)
+            self._watch_layers(False)
+            return args, kwargs
         ctx = self.context(forward.kinds, forward.records, embeds, real, kwargs.get("position_ids"))
         two = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         hide = self.backend == "mask"
         forward.prefill = prefill = Prefill(self.adapter, ctx, real, cache, forward.state, two, past, hide)
-        self.stats = Stats(ctx.tokens, ctx.row, len(self.adapter.layers))
+        self._stats = stats = Stats(ctx.tokens, ctx.row, len(self.adapter.layers))
         if self.reader.cutter is not None:
-            self.stats.from_tower = ctx.valid.sum(1)
-        cut = None if self.reducer.is_identity else self.reducer.before_llm(ctx)
+            stats.from_tower = ctx.valid.sum(1)
+        cut = None if self._idle else self.reducer.before_llm(ctx)
         if cut is None and self.reader.cutter is not None:
             cut = Cut(ctx.valid)  # without the tokens that the vision tower dropped
         kwargs = prefill.cut_inputs(cut, kwargs, self.positions)
-        self.stats.add_group(0, ctx, cut)
+        stats.add_group(0, ctx, cut)
         self._watch_layers(prefill.moved or bool(self.layers))
         for layer, rows in self.taps.items():
             block = self.adapter.attention(self.adapter.layers[layer])
             forward.taps.enter_context(att.tap(block, prefill.reader(layer, rows)))
         self.light.open(forward.taps, prefill)
-        self.stats.light = self.light.layers
-        self.stats.selection_seconds += time.perf_counter() - started
+        stats.light = self.light.layers
+        stats.selection_seconds += time.perf_counter() - started
         return args, kwargs
+
+    def _whole(self, *prompt: Any) -> Stats:
+        """Statistics of a prefill that nothing was dropped from; ``prompt`` as `context` takes it."""
+        ctx = self.context(*prompt)
+        stats = Stats(ctx.tokens, ctx.row, len(self.adapter.layers))
+        stats.add_group(0, ctx, None)
+        return stats
 
     @staticmethod
     def _real_tokens(mask: Any, embeds: Tensor, past: int, cache: Any) -> Tensor:

@@ -136,6 +136,40 @@ def test_a_prefill_without_padding_stays_on_the_causal_kernel(name, rows, bare, 
     assert list(dict.fromkeys(length for length, _, _ in decoder)) == list(dict.fromkeys(lengths))
 
 
+def test_a_prefill_that_keeps_all_only_looks_for_visual_tokens():
+    model, inputs = tiny.make("llava", (1, 2))
+    with torch.no_grad():
+        model(**inputs)
+        with Calls() as plain:
+            model(**inputs)
+        with vtoken.reduce(model, REDUCERS["keep all"]):
+            model(**inputs)
+            with Calls() as found:
+                model(**inputs)
+    added = found.count - plain.count
+    assert added.total() <= 20
+    assert sum(added[op] for op in WAITING) <= 1
+
+
+def test_statistics_of_a_prefill_that_keeps_all_hold_no_states():
+    model, inputs = tiny.make("llava", (1, 2))
+    embeds = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: embeds.append(weakref.ref(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    with vtoken.reduce(model, REDUCERS["keep all"]):
+        model(**inputs)
+        assert embeds[-1]() is None
+        found = vtoken.stats(model)
+    handle.remove()
+    assert [(one.row, one.tokens, one.kept, one.kept_last) for one in found.images] == [
+        (0, 16, 16, 16),
+        (1, 16, 16, 16),
+        (1, 16, 16, 16),
+    ]
+    assert found.tokens_per_layer == found.tokens_in == 48
+
+
 def test_another_thread_is_refused_while_one_is_inside():
     """The check costs nothing in the common case, and still is one."""
     model, inputs = tiny.make("llava", (1,))

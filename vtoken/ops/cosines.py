@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtoken.ops.common import EPS, finite
+from vtoken.sequence import gather
 
 CHUNK = 512  # rows of similarities held at a time
 FEW = 6  # columns that are computed as rows: the other way round is as slow for one as for sixteen
@@ -32,7 +33,7 @@ class Cosines:
     """
 
     def __init__(self, features: Tensor, valid: Tensor) -> None:
-        self.values = features.float()
+        self.values = features.float().contiguous()
         norm = torch.linalg.vector_norm(self.values, dim=-1)
         if not bool(norm.isfinite().all()):  # one pass over (B, N) instead of several over (B, N, D)
             self.values = finite(features, valid, "features")
@@ -66,8 +67,7 @@ class Cosines:
 
     def units(self, index: Tensor) -> Tensor:
         """(B, P, D) unit vectors of the tokens ``index`` (B, P)."""
-        rows = self.values[torch.arange(len(index), device=index.device)[:, None], index]
-        return rows.mul_(self.inverse.gather(1, index)[..., None])
+        return gather(self.values, index).mul_(self.inverse.gather(1, index)[..., None])
 
     def columns(self, index: Tensor) -> Tensor:
         """(B, P, N) cosines of the tokens ``index`` (B, P) and all tokens."""

@@ -23,6 +23,8 @@ from vtoken.ops.nested import row_by_row
 POOL = 128  # tokens among which picks are drafted
 AHEAD = 4  # pools are chosen among so many times their number of tokens with the smallest sums
 ALIKE = 4  # tokens of a pool nearest to the same pick: after one of them is picked, the others are far behind
+LEAST = 2  # picks that a draft should serve; where it does not, as in features of low rank, `ALONE` picks follow singly
+ALONE = 16
 DRAFT = 16  # columns computed at a time: twice as many cost twice as much, and half as many no less
 
 
@@ -48,12 +50,15 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
     group = np.zeros(tokens, int)
     ahead: dict[int, np.ndarray] = {}  # columns of drafted tokens that are not picked yet
     picks: list[int] = []
-    best = int(first.argmax())
+    best, alone, served = int(first.argmax()), 1, LEAST
     while len(picks) < int(k):
         if best not in ahead:
             if len(ahead) > int(k) + DRAFT:
                 ahead.clear()
-            draft = pool.draft(best, total, group, ahead) if picks else [best]
+            if served < LEAST:
+                alone = ALONE
+            draft = [best] if alone else pool.draft(best, total, group, ahead)
+            alone, served = max(alone - 1, 0), LEAST if alone else 0
             ahead.update(zip(draft, cosines.columns(torch.tensor([draft]))[0].numpy(), strict=True))
         column = ahead.pop(best)
         np.copyto(group, len(picks), where=column > nearest)
@@ -61,6 +66,7 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
         total += column
         total[best] = np.inf
         picks.append(best)
+        served += 1
         best = int(total.argmin())
     return torch.tensor([picks])
 
@@ -103,7 +109,7 @@ class _Pool:
         self.place[self.tokens[places]] = -1
         self.tokens[places], self.place[new] = new, places
         units = self.cosines.units(torch.from_numpy(new)[None])[0]
-        self.units[places] = units
+        self.units.index_copy_(0, torch.from_numpy(places), units)
         rows = (units @ self.units.T).numpy()
         self.table[places], self.table[:, places] = rows, rows.T
 
