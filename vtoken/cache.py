@@ -123,8 +123,9 @@ class CacheState:
 
     def __init__(self, cache: Cache, stored: list[Tensor], places: list[Tensor], shift: Tensor | None) -> None:
         self.stored, self.places, self.shift = stored, places, shift
-        known = {id(s): bool(s.all()) for s in stored}
-        self.full = [known[id(s)] for s in stored]  # decided once: no device sync per decoding step
+        different = {id(s): s for s in stored}  # most layers share one: one look at the device, and none in a step
+        full = {key: bool(s.all()) for key, s in different.items()}
+        self.full = [full[id(s)] for s in stored]
         self.same_as_first = [s is stored[0] for s in stored]  # the model builds the mask of layer 0 itself
         self.uniform = all(self.same_as_first)
         static = is_static(cache)

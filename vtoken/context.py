@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,6 +108,15 @@ class TowerContext:
     statistics: Mapping[str, Tensor]
 
 
+class _Index(NamedTuple):
+    """Where the visual tokens of a sequence are, row and column, and which they are, item and slot."""
+
+    here: tuple[Tensor, ...]
+    token: tuple[Tensor, Tensor]
+    valid: Tensor
+    """(I, N) bool: tokens that are there."""
+
+
 @dataclass
 class VisualContext:
     """A left-padded batch at one stage of the model; every (B, S) field follows the sequence as it is now.
@@ -159,17 +168,23 @@ class VisualContext:
     def __post_init__(self) -> None:
         self.longest = max(len(layout.view) for layout in self.layouts)
         views = [layout.view for layout in self.layouts]
-        self.view = torch.nn.utils.rnn.pad_sequence(views, True, NEWLINE - 1).to(self.hidden.device)
+        view = torch.nn.utils.rnn.pad_sequence(views, True, NEWLINE - 1)
+        self.has_newlines = bool((view == NEWLINE).any())  # before it is moved: no look at a device
+        self.view = view.to(self.hidden.device)
         self.tokens = torch.tensor([len(view) for view in views], device=self.hidden.device)
         self.newline = self.view == NEWLINE
-        self._indexed: tuple[Tensor, Tensor, Any] | None = None
+        self._known: tuple[Tensor, Tensor, _Index] | None = None
 
-    def _index(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Where the visual tokens are, row and column, and which they are, item and slot; found once for a sequence."""
-        known = self._indexed
+    @property
+    def _index(self) -> _Index:
+        """Found once for a sequence."""
+        known = self._known
         if known is None or known[0] is not self.item or known[1] is not self.slot:
             here = self.visual.nonzero(as_tuple=True)
-            self._indexed = known = self.item, self.slot, (here, (self.item[here], self.slot[here]))
+            token = self.item[here], self.slot[here]
+            valid = torch.zeros(self.items, self.longest, dtype=torch.bool, device=self.item.device)
+            valid[token] = True
+            self._known = known = self.item, self.slot, _Index(here, token, valid)
         return known[2]
 
     @property
@@ -184,14 +199,14 @@ class VisualContext:
 
     def per_item(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """Gather a per-token tensor (B, S, ...) into (I, N, ...); ``fill`` where a token is no longer there."""
-        here, token = self._index()
+        here, token, _ = self._index
         out = x.new_full((self.items, self.longest, *x.shape[2:]), fill)
         out[token] = x[here]
         return out
 
     def per_token(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """Spread an item-wise tensor (I, N, ...) over the sequence: (B, S, ...)."""
-        here, token = self._index()
+        here, token, _ = self._index
         out = x.new_full((*self.item.shape, *x.shape[2:]), fill)
         out[here] = x[token]
         return out
@@ -209,13 +224,13 @@ class VisualContext:
 
     @property
     def valid(self) -> Tensor:
-        """(I, N) bool: tokens that are still in the sequence."""
-        return self.per_item(self.visual, False)
+        """(I, N) bool: tokens that are still in the sequence; not to be changed."""
+        return self._index.valid
 
     @property
     def candidates(self) -> Tensor:
-        """(I, N) bool: tokens a reducer chooses from, which excludes newlines."""
-        return self.valid & ~self.newline
+        """(I, N) bool: tokens a reducer chooses from, which excludes newlines; not to be changed."""
+        return self.valid & ~self.newline if self.has_newlines else self.valid
 
     def budget(self, keep: Keep) -> Tensor:
         """(I,) long: candidates to keep of each item for a ``keep`` of its original tokens.

@@ -52,6 +52,8 @@ def gather(x: Tensor, index: Tensor, dim: int = 1, batch: int = 0) -> Tensor:
         starts = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
         rows = x.flatten(0, 1).index_select(0, (index.to(x.device) + starts).flatten())
         return rows.view(*index.shape, *x.shape[2:])
+    if (batch, dim) == (0, 1):
+        return x.gather(1, index.to(x.device))
     shape = [1] * x.dim()
     shape[batch], shape[dim] = index.shape
     size = list(x.shape)

@@ -415,20 +415,20 @@ class Session:
         resampled: list[Tensor] = []
         for modality, code in MODALITIES.items():
             here = kinds == code
-            if (record := records.get(modality)) is None or not bool(here.any()):
+            if (record := records.get(modality)) is None or not any(counts := here.sum(1).tolist()):
                 continue
-            counts = here.sum(1)
-            times = max(int(counts.sum()) // max(sum(record.lengths), 1), 1)  # beams repeat every row in a block
+            times = max(sum(counts) // max(sum(record.lengths), 1), 1)  # beams repeat every row in a block
             record = self.adapter.regroup(record, here[::times])
-            order = expand_items(record.lengths, counts.tolist())
+            order = expand_items(record.lengths, counts)
             lengths = [record.lengths[i] for i in order]
-            numbers = torch.arange(len(order), device=embeds.device) + len(layouts)
-            item[here] = numbers.repeat_interleave(torch.tensor(lengths, device=embeds.device))
-            slot[here] = torch.cat([torch.arange(n, device=embeds.device) for n in lengths])
+            numbers = torch.arange(len(layouts), len(layouts) + len(order)).repeat_interleave(torch.tensor(lengths))
+            known = [numbers.to(embeds.device), torch.cat([torch.arange(n) for n in lengths]).to(embeds.device)]
             if record.dropped is not None:
                 parts = record.dropped.split(record.lengths)
                 gone = torch.cat([parts[i].to(embeds.device) for i in order])
-                item[here], slot[here] = (torch.where(gone, -1, x[here]) for x in (item, slot))
+                known = [torch.where(gone, -1, x) for x in known]
+            places = here.nonzero(as_tuple=True)
+            item[places], slot[places] = known
             layouts += [record.layouts[i] for i in order]
             for read, values in record.maps.items():
                 parts = values.split(record.lengths)

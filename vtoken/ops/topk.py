@@ -33,6 +33,11 @@ def top_k(scores: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tenso
     """
     valid = mask_of(scores, valid)
     count = counts(k, valid)
-    ranked = finite(scores, valid, "scores").masked_fill(~valid, float("-inf"))
+    return best_k(finite(scores, valid, "scores"), count, valid)
+
+
+def best_k(scores: Tensor, count: Tensor, valid: Tensor) -> Tensor:
+    """`top_k` of finite scores and counts (B,) that the valid tokens suffice for, without looking at either."""
+    ranked = scores.masked_fill(~valid, float("-inf"))
     order = ranked.sort(dim=1, descending=True, stable=True).indices[:, : int(count.max())]
     return torch.where(torch.arange(order.shape[1], device=order.device) < count[:, None], order, -1)

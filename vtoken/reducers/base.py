@@ -22,7 +22,8 @@ from vtoken.budget import Keep, check_keep, is_identity
 from vtoken.context import Cut, ItemLayout, TowerContext, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.light import LightLayer
-from vtoken.ops import merge_rows, row_sizes, top_k
+from vtoken.ops import merge_rows, row_sizes
+from vtoken.ops.topk import best_k
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class ScoreReducer(SelectReducer):
         """(I, N) float: higher is better; values outside of ``ctx.candidates`` do not matter."""
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
-        return top_k(check_scores(self.score(ctx), ctx, self.name), budget, ctx.candidates)
+        return best_k(check_scores(self.score(ctx), ctx, self.name), budget, ctx.candidates)
 
 
 class Assignment(NamedTuple):
@@ -227,7 +228,8 @@ class LayerReducer(KeepReducer):
         layers = self.layers(ctx.depth)
         wanted = stage_budget(ctx, self.keep, layers.index(layer) + 1, len(layers))
         scores = check_scores(self.score(layer, ctx), ctx, self.name)
-        return Cut(with_newlines(ctx.cut(top_k(scores, wanted, ctx.candidates)).keep, ctx, wanted))
+        index = best_k(scores, torch.minimum(wanted, ctx.candidates.sum(1)), ctx.candidates)
+        return Cut(with_newlines(ctx.cut(index).keep, ctx, wanted))
 
 
 def stage_budget(ctx: VisualContext, keep: Keep, stage: int, stages: int) -> Tensor:
@@ -239,6 +241,8 @@ def stage_budget(ctx: VisualContext, keep: Keep, stage: int, stages: int) -> Ten
 
 def with_newlines(keep: Tensor, ctx: VisualContext, wanted: Tensor) -> Tensor:
     """Add newlines to (I, N) bool: all of them, or as many as a budget (I,) beyond the patches has room for."""
+    if not ctx.has_newlines:
+        return keep
     newline = ctx.newline & ctx.valid
     if ctx.newlines == "keep":
         return keep | newline
