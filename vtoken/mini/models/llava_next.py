@@ -97,5 +97,5 @@ ARCHITECTURE = Architecture(
         "language_model": "language_model",
     },
     tasks={"scene": 0.5, "read": 0.2, "multi": 0.12, "describe": 0.18},
-    steps={"decoder": 1000, "tower": 1000, "joint": 1000},
+    steps={"decoder": 1000, "spell": 1500, "tower": 1000, "joint": 1800, "polish": 300},
 )
