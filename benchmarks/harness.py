@@ -41,26 +41,9 @@ def arguments(description: str | None, flags: Sequence[str] = (), **defaults: An
     return found
 
 
-def race(
-    runs: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    device: str = "cpu",
-    warmup: int = 1,
-    around: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
-) -> dict[str, Any]:
-    """Milliseconds of several functions in turn, and how much faster than the first one each is.
-
-    Parameters
-    ----------
-    around : mapping, optional
-        Contexts that some of them run in; entering and leaving is not timed.
-
-    Returns
-    -------
-    dict
-        As `summary` gives it.
-    """
-    return summary(round_times(runs, rounds, device, warmup, around))
+def race(runs: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, Any]:
+    """Milliseconds of several functions in turn, and how much faster than the first one each is; see `summary`."""
+    return summary(round_times(runs, rounds, device))
 
 
 def round_times(
@@ -70,7 +53,13 @@ def round_times(
     warmup: int = 1,
     around: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of several functions in turn, round by round; see `race`."""
+    """Milliseconds of several functions in turn, round by round.
+
+    Parameters
+    ----------
+    around : mapping, optional
+        Contexts that some of them run in; entering and leaving is not timed.
+    """
     target = torch.device(device)
 
     def timed(name: str) -> float:

@@ -48,17 +48,18 @@ def gather(x: Tensor, index: Tensor, dim: int = 1, batch: int = 0) -> Tensor:
     """Take ``index[b]`` along ``dim`` for each row ``b`` of the ``batch`` dimension (size 1 broadcasts)."""
     if x.shape[batch] != index.shape[0]:
         x = x.expand(*[index.shape[0] if d == batch else s for d, s in enumerate(x.shape)])
-    if (batch, dim) == (0, 1) and x.dim() > 2:  # copies whole rows, where `Tensor.gather` looks up every channel
+    index = index.to(x.device)
+    if (batch, dim) == (0, 1) and x.dim() == 2:
+        return x.gather(1, index)
+    if (batch, dim) == (0, 1):  # copies whole rows, where `Tensor.gather` looks up every channel
         starts = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
-        rows = x.flatten(0, 1).index_select(0, (index.to(x.device) + starts).flatten())
+        rows = x.flatten(0, 1).index_select(0, (index + starts).flatten())
         return rows.view(*index.shape, *x.shape[2:])
-    if (batch, dim) == (0, 1):
-        return x.gather(1, index.to(x.device))
     shape = [1] * x.dim()
     shape[batch], shape[dim] = index.shape
     size = list(x.shape)
     size[dim] = index.shape[1]
-    return x.gather(dim, index.to(x.device).view(shape).expand(size))
+    return x.gather(dim, index.view(shape).expand(size))
 
 
 def hidden_value(mask: Tensor) -> Tensor:

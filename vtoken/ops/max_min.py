@@ -97,7 +97,7 @@ class _Race:
             near.masked_fill_(self.racing[:, None] == others, -1.0)
             self.found = torch.maximum(self.found, near.amax(1))
             self._leave()
-        self.best = min([self.best, *zip(self.found.tolist(), self.racing.tolist(), strict=True)])
+        self._compared(self.found, self.racing)
 
     def _meet(self, some: Tensor, others: Tensor) -> None:
         near = self.rows.part(0, some).facing(self.rows.part(0, others))
@@ -122,5 +122,9 @@ class _Race:
         """Compare the tokens ``few`` (F,) of the race with all; they leave it."""
         tokens = self.racing[few]
         near = self.cosines.columns(tokens[None])[0].scatter(1, tokens[:, None], -1.0).amax(1)
-        self.best = min([self.best, *zip(near.tolist(), tokens.tolist(), strict=True)])  # ties go to the lowest token
+        self._compared(near, tokens)
         self.found[few] = float("inf")
+
+    def _compared(self, near: Tensor, tokens: Tensor) -> None:
+        """Some ``tokens`` met all others; ties go to the lowest."""
+        self.best = min([self.best, *zip(near.tolist(), tokens.tolist(), strict=True)])

@@ -50,15 +50,18 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
     group = np.zeros(tokens, int)
     ahead: dict[int, np.ndarray] = {}  # columns of drafted tokens that are not picked yet
     picks: list[int] = []
-    best, alone, served = int(first.argmax()), 1, LEAST
+    best = int(first.argmax())
+    drafted, resumed = -LEAST, 1  # the picks at which the last draft was made, and from which on the next may be
     while len(picks) < int(k):
         if best not in ahead:
             if len(ahead) > int(k) + DRAFT:
                 ahead.clear()
-            if served < LEAST:
-                alone = ALONE
-            draft = [best] if alone else pool.draft(best, total, group, ahead)
-            alone, served = max(alone - 1, 0), LEAST if alone else 0
+            if len(picks) - drafted < LEAST:
+                resumed = len(picks) + ALONE
+            if len(picks) < resumed:
+                draft = [best]
+            else:
+                draft, drafted = pool.draft(best, total, group, ahead), len(picks)
             ahead.update(zip(draft, cosines.columns(torch.tensor([draft]))[0].numpy(), strict=True))
         column = ahead.pop(best)
         np.copyto(group, len(picks), where=column > nearest)
@@ -66,7 +69,6 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
         total += column
         total[best] = np.inf
         picks.append(best)
-        served += 1
         best = int(total.argmin())
     return torch.tensor([picks])
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vtoken.context import Attention, Cut, VisualContext
-from vtoken.ops import page_rank, top_k
-from vtoken.reducers.base import Assignment, MergeReducer, check_scores
+from vtoken.ops import page_rank
+from vtoken.reducers.base import Assignment, MergeReducer, best_candidates
 from vtoken.reducers.checks import check_count, check_number, check_place, layer_at
 from vtoken.reducers.rounds import merge_views
 from vtoken.reducers.rows import rows_at
@@ -83,8 +83,7 @@ class AIM(MergeReducer):
         first, last = self._span(ctx.depth)
         wanted = ctx.budget(self.keep) * (last - layer) // (last - first)
         rank = importance(rows_at(ctx, layer - 1), ctx.visual | ctx.text, self.temperature, self.iterations)
-        scores = check_scores(ctx.per_item(rank), ctx, self.name)
-        return ctx.cut(top_k(scores, wanted, ctx.candidates))
+        return ctx.cut(best_candidates(ctx.per_item(rank), wanted, ctx, self.name))
 
 
 def importance(attention: Attention, real: Tensor, temperature: float, iterations: int) -> Tensor:

@@ -171,7 +171,7 @@ class ScoreReducer(SelectReducer):
         """(I, N) float: higher is better; values outside of ``ctx.candidates`` do not matter."""
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
-        return best_k(check_scores(self.score(ctx), ctx, self.name), budget, ctx.candidates)
+        return best_candidates(self.score(ctx), budget, ctx, self.name)
 
 
 class Assignment(NamedTuple):
@@ -227,9 +227,9 @@ class LayerReducer(KeepReducer):
     def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
         layers = self.layers(ctx.depth)
         wanted = stage_budget(ctx, self.keep, layers.index(layer) + 1, len(layers))
-        scores = check_scores(self.score(layer, ctx), ctx, self.name)
-        index = best_k(scores, torch.minimum(wanted, ctx.candidates.sum(1)), ctx.candidates)
-        return Cut(with_newlines(ctx.cut(index).keep, ctx, wanted))
+        return Cut(
+            with_newlines(ctx.cut(best_candidates(self.score(layer, ctx), wanted, ctx, self.name)).keep, ctx, wanted)
+        )
 
 
 def stage_budget(ctx: VisualContext, keep: Keep, stage: int, stages: int) -> Tensor:
@@ -247,6 +247,12 @@ def with_newlines(keep: Tensor, ctx: VisualContext, wanted: Tensor) -> Tensor:
     if ctx.newlines == "keep":
         return keep | newline
     return keep | (newline & (newline.cumsum(1) <= (wanted - keep.sum(1))[:, None]))
+
+
+def best_candidates(scores: Tensor, wanted: Tensor, ctx: VisualContext, name: str) -> Tensor:
+    """(I, K) long: the candidates with the highest scores (I, N), up to ``wanted`` (I,), padded with -1."""
+    count = torch.minimum(wanted, ctx.candidates.sum(1))
+    return best_k(check_scores(scores, ctx, name), count, ctx.candidates)
 
 
 def check_scores(scores: Tensor, ctx: VisualContext, name: str) -> Tensor:
