@@ -4,6 +4,10 @@
 Every selection is timed in turn with its baseline (`baselines.py`) on Gaussian and on clustered features, with the
 same picks. Then: several pictures of unequal size at once, other numbers of tokens, and memory.
 
+A CPU with AVX-512 multiplies whole matrices two to three times as fast as one with AVX2, but matrices by few vectors,
+as selections do, hardly faster: memory is as slow. So there, one picture is also timed with AVX2 alone, in a process of
+its own.
+
 Two selections have less to save than the others on such features:
 
 * `max_sum`: a sum of cosines rises and falls, so that no old score bounds a new one and each pick has to be compared
@@ -16,6 +20,12 @@ Two selections have less to save than the others on such features:
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +39,8 @@ from vtoken.profile.memory import LiveBytes, peak_bytes
 TOKENS, WIDTH, PICKS = 2880, 4096, 288
 CLUSTERS = 40
 RANK = 64
+AVX2 = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+"""What MKL, oneDNN and torch read when they are loaded."""
 
 
 def features(kind: str, tokens: int, width: int, seed: int = 0) -> Tensor:
@@ -91,18 +103,46 @@ def ragged(tokens: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor
     return x, weights(tokens).expand(4, -1).to(device), valid, (lengths // 10).clamp(min=1).to(device)
 
 
-def main() -> None:
-    """Measure everything."""
-    args = arguments(__doc__)
-    tokens, width, picks = (192, 64, 19) if args.quick else (TOKENS, WIDTH, PICKS)
-    results: dict[str, Any] = {"tokens": tokens, "width": width, "picks": picks}
-    results |= {part: {} for part in ("one", "low_rank", "ragged", "sweep")}
+def one_picture(tokens: int, width: int, picks: int, args: Any) -> dict[str, Any]:
+    """Every selection on one picture of each kind, and its mean speed-up."""
+    one: dict[str, Any] = {}
     for kind in ("gaussian", "clusters"):
         x, w = features(kind, tokens, width).to(args.device), weights(tokens).to(args.device)
         for name in BASELINES:
             found = compare(name, x, w, picks, args)
-            results["one"].setdefault(name, {})[kind] = found
+            one.setdefault(name, {})[kind] = found
             _say(f"{name} {kind}", found)
+    speedup = {name: geometric_mean([one[name][kind]["vtoken"]["speedup"] for kind in one[name]]) for name in one}
+    return {"one": one, "speedup": speedup}
+
+
+def with_avx2(args: Any) -> dict[str, Any]:
+    """`one_picture` in a process without AVX-512."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "avx2.json"
+        options = ["--threads", args.threads, "--rounds", args.rounds, "--out", out, *["--quick"] * args.quick]
+        command = [sys.executable, __file__, "--one", *map(str, options)]
+        print("with AVX2 alone:", flush=True)
+        subprocess.run(command, check=True, env={**os.environ, **AVX2})
+        return json.loads(out.read_text(encoding="utf-8"))["results"]
+
+
+def main() -> None:
+    """Measure everything."""
+    args = arguments(__doc__, ["one"])
+    tokens, width, picks = (192, 64, 19) if args.quick else (TOKENS, WIDTH, PICKS)
+    results: dict[str, Any] = {"tokens": tokens, "width": width, "picks": picks}
+    results |= {"cpu": torch.backends.cpu.get_cpu_capability(), **one_picture(tokens, width, picks, args)}
+    if not args.one:
+        results |= others(tokens, width, picks, args)
+        if args.device == "cpu" and results["cpu"] == "AVX512":
+            results["avx2"] = with_avx2(args)
+    save("selection", results, args)
+
+
+def others(tokens: int, width: int, picks: int, args: Any) -> dict[str, Any]:
+    """Features of low rank, unequal pictures, and other numbers of tokens."""
+    results: dict[str, Any] = {part: {} for part in ("low_rank", "ragged", "sweep")}
     x, w = features("low rank", tokens, width).to(args.device), weights(tokens).to(args.device)
     for name in (name for name in BASELINES if name != "coverage"):  # its loop takes seconds
         results["low_rank"][name] = found = compare(name, x, w, picks, args)
@@ -117,11 +157,7 @@ def main() -> None:
             found = compare(name, x, w, count // 10, args)
             results["sweep"].setdefault(name, {})[count] = found
             _say(f"{name} N={count}", found)
-    results["speedup"] = {
-        name: geometric_mean([found["vtoken"]["speedup"] for found in kinds.values()])
-        for name, kinds in results["one"].items()
-    }
-    save("selection", results, args)
+    return results
 
 
 def _say(what: str, found: dict[str, Any]) -> None:

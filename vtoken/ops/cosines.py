@@ -61,8 +61,8 @@ class Cosines:
         """Those of one row of at most `WHOLE` tokens, all of them computed; of more tokens as they are."""
         if self.table is not None or self.shape[1] > WHOLE:
             return self
-        found, units = copy.copy(self), self.values * self.inverse[..., None]
-        found.table = units @ units.mT
+        found = copy.copy(self)
+        found.table = self.facing(self)[None]
         return found
 
     def units(self, index: Tensor) -> Tensor:
