@@ -239,7 +239,7 @@ class Adapter:
         """(N, 4) part of a picture of (height, width) ``size`` that each token shows; see `ItemLayout.box`."""
         if layout.box is not None:
             return layout.box()
-        rows, columns = torch.tensor(layout.grids)[layout.view.clamp(min=0)].unbind(1)
+        rows, columns = torch.tensor(layout.grids, device="cpu")[layout.view.clamp(min=0)].unbind(1)
         return grid_shares(layout.row, layout.column, rows, columns)
 
     def resampled(self, modality: str, call: dict[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
@@ -272,6 +272,7 @@ def resize(pictures: Tensor, height: int, width: int) -> Tensor:
 
 def grid_shares(row: Tensor, column: Tensor, rows: Tensor | int, columns: Tensor | int) -> Tensor:
     """(N, 4) shares x0, y0, x1, y1 of the cells of a grid."""
+    column, row = column.float(), row.float()
     return torch.stack([column / columns, row / rows, (column + 1) / columns, (row + 1) / rows], 1)
 
 
@@ -290,8 +291,8 @@ def single_view(rows: int, columns: int) -> ItemLayout:
 @torch.inference_mode(mode=False)  # a cached tensor may be an index in a pass that keeps gradients
 def equal_views(views: int, rows: int, columns: int, newlines: int = 0) -> ItemLayout:
     """Several full grids of one shape, one after the other (frames, tiles), then ``newlines`` separators."""
-    index = torch.arange(views * rows * columns)
-    end = torch.zeros(newlines, dtype=torch.long)
+    index = torch.arange(views * rows * columns, device="cpu")
+    end = torch.zeros(newlines, dtype=torch.long, device="cpu")
     return ItemLayout(
         view=torch.cat([index // (rows * columns), end + NEWLINE]),
         row=torch.cat([index // columns % rows, end]),
@@ -303,7 +304,7 @@ def equal_views(views: int, rows: int, columns: int, newlines: int = 0) -> ItemL
 def square_groups(patches: int, size: int) -> Tensor:
     """(patches,) long: number of the size x size square, in raster order, of each patch of a square grid."""
     side = square_side(patches)
-    index = torch.arange(patches)
+    index = torch.arange(patches, device="cpu")
     return index // side // size * (side // size) + index % side // size
 
 

@@ -27,7 +27,7 @@ class LlavaAdapter(Adapter):
         return (self.model.config.vision_config.image_size,) * 2
 
     def tower_groups(self, patches: int, modality: str) -> Tensor:
-        return torch.arange(patches)
+        return torch.arange(patches, device="cpu")
 
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         return torch.cat(parts).flatten(0, 1)

@@ -37,7 +37,7 @@ class LlavaNextAdapter(LlavaAdapter):
 
     def _pack_views(self, views: list[Tensor], sizes: Tensor, call: dict[str, Any]) -> list[Tensor]:
         """Per image (views, patches, C) -> (N, C) with NaN newlines, by the model's own function."""
-        newline = torch.full((views[0].shape[-1],), float("nan"), device=views[0].device)
+        newline = torch.full((views[0].shape[-1],), float("nan"), dtype=torch.float32, device=views[0].device)
         packed, _ = self.outer.pack_image_features(
             views, sizes, vision_feature_select_strategy="full", image_newline=newline
         )
@@ -56,7 +56,7 @@ class LlavaNextAdapter(LlavaAdapter):
         crops = self._crops(size) if views > 1 else (0, 0)
         packed = self._pack_views([self._places(views, crops[1])], sizes, call)[0]
         newline = packed[:, 0].isnan()
-        base = torch.arange(len(packed)) < side**2
+        base = torch.arange(len(packed), device="cpu") < side**2
         y, x = (packed + 0.5).nan_to_num(0.0).long().unbind(1)  # interpolated places: the nearest patch
         view = torch.where(base, 0, 1 + y // side * crops[1] + x // side)
         return ItemLayout(
@@ -90,9 +90,9 @@ class LlavaNextAdapter(LlavaAdapter):
 
     def _places(self, views: int, columns: int) -> Tensor:
         """(views, patches, 2) row and column of each patch: in the thumbnail, or in the mosaic of all crops."""
-        index = torch.arange(self.side**2)
+        index = torch.arange(self.side**2, device="cpu")
         place = torch.stack([index // self.side, index % self.side], 1).expand(views, -1, -1).clone()
         if views > 1:
-            crop = torch.arange(views - 1)
+            crop = torch.arange(views - 1, device="cpu")
             place[1:] += self.side * torch.stack([crop // columns, crop % columns], 1)[:, None]
         return place.float()

@@ -25,7 +25,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return [self._views(size) if single else 1 for size, single in zip(sizes, alone, strict=True)]
 
     def _pack_views(self, views: list[Tensor], sizes: Tensor, call: dict[str, Any]) -> list[Tensor]:
-        newline = torch.full((views[0].shape[-1],), float("nan"), device=views[0].device)
+        newline = torch.full((views[0].shape[-1],), float("nan"), dtype=torch.float32, device=views[0].device)
         ratio = call.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
         return list(self.outer.pack_image_features(views, sizes, newline, vision_aspect_ratio=ratio)[0])
 

@@ -51,7 +51,7 @@ class OriginalLlavaAdapter(Adapter):
         return int("clip" in type(self.tower).__name__.lower())
 
     def tower_groups(self, patches: int, modality: str) -> Tensor:
-        return torch.arange(patches)
+        return torch.arange(patches, device="cpu")
 
     def install(self, session: Session) -> None:
         def make(original: Callable) -> Callable:
@@ -96,14 +96,16 @@ class _Packing:
 
     def _layouts(self) -> tuple[list[int], list[ItemLayout]]:
         side = square_side(int(self.model.get_vision_tower().num_patches))
-        index = torch.arange(side**2)
-        owner = torch.cat([torch.full((count,), image) for image, count in enumerate(self.views)])
-        inside = torch.cat([torch.arange(count) for count in self.views])
+        index = torch.arange(side**2, device="cpu")
+        owner = torch.cat([torch.full((count,), image, device="cpu") for image, count in enumerate(self.views)])
+        inside = torch.cat([torch.arange(count, device="cpu") for count in self.views])
         place = torch.stack([owner.repeat_interleave(side**2), inside.repeat_interleave(side**2)], 1)
         place = torch.cat([place, torch.stack([index // side, index % side], 1).repeat(len(owner), 1)], 1)
         packed = self._pack(place.float().view(len(owner), side**2, 4)).cpu()
         newline = packed[:, 0].isnan()
-        last = torch.where(newline, 0, torch.arange(len(packed))).cummax(0).values  # a newline belongs to what it ends
+        last = (
+            torch.where(newline, 0, torch.arange(len(packed), device="cpu")).cummax(0).values
+        )  # belongs to what it ends
         image = packed[last, 0].long()
         packed = packed.nan_to_num(0.0).long()
         lengths = torch.bincount(image, minlength=len(self.views)).tolist()

@@ -48,16 +48,16 @@ def synthetic_inputs(model: Any, batch: int = 1, tokens: int = 576, text: int = 
     generator = torch.Generator().manual_seed(seed)
     for name, value in pixels.items():
         if value.is_floating_point():
-            value = torch.randn(value.shape, generator=generator).to(weight.dtype)
+            value = torch.randn(value.shape, generator=generator, dtype=torch.float32, device="cpu").to(weight.dtype)
         pixels[name] = value.to(weight.device)
     with torch.inference_mode():
         _, records = encode(adapter, VisionReader(adapter, (), False), pixels)
     modality, record = next(iter(records.items()))
     placeholder = adapter.placeholders[MODALITIES[modality]]
     assert placeholder is not None, "a family that takes pictures or clips has placeholders for them"
-    visual = torch.full((sum(record.lengths) // batch,), placeholder)
+    visual = torch.full((sum(record.lengths) // batch,), placeholder, device="cpu")
     highest = min(_CODES, model.get_input_embeddings().num_embeddings // 2)
-    words = torch.randint(3, highest, (batch, text), generator=generator)
+    words = torch.randint(3, highest, (batch, text), generator=generator, device="cpu")
     begin = max(text // 2, 1)
     ids = torch.cat([words[:, :begin], visual.expand(batch, -1), words[:, begin:]], 1).to(weight.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
@@ -72,7 +72,7 @@ def _pictures(model: Any, batch: int, tokens: int) -> Pixels:
     side, patch = (size if isinstance(size, int) else size[0] for size in (vision.image_size, vision.patch_size))
     ratio = getattr(model.config, "downsample_ratio", 1.0)
     each = round((side // patch * ratio) ** 2)
-    return {"pixel_values": torch.empty(batch * max(round(tokens / each), 1), 3, side, side)}
+    return {"pixel_values": torch.empty(batch * max(round(tokens / each), 1), 3, side, side, device="cpu")}
 
 
 def _anyres(model: Any, batch: int, tokens: int) -> Pixels:
@@ -88,8 +88,8 @@ def _anyres(model: Any, batch: int, tokens: int) -> Pixels:
     copies = max(round(tokens / (views(nearest) * each)), 1)
     count = batch * copies
     return {
-        "pixel_values": torch.empty(count, views(nearest), 3, side, side),
-        "image_sizes": torch.tensor([nearest] * count),
+        "pixel_values": torch.empty(count, views(nearest), 3, side, side, device="cpu"),
+        "image_sizes": torch.tensor([nearest] * count, device="cpu"),
     }
 
 
@@ -98,7 +98,7 @@ def _clip(model: Any, batch: int, tokens: int) -> Pixels:
     vision = model.config.vision_config
     side = -(-(vision.image_size // vision.patch_size) // 2)
     frames = max(round(tokens / side**2), 1)
-    return {"pixel_values_videos": torch.empty(batch, frames, 3, vision.image_size, vision.image_size)}
+    return {"pixel_values_videos": torch.empty(batch, frames, 3, vision.image_size, vision.image_size, device="cpu")}
 
 
 def _grid(model: Any, batch: int, tokens: int) -> Pixels:
@@ -106,9 +106,9 @@ def _grid(model: Any, batch: int, tokens: int) -> Pixels:
     vision = model.config.vision_config
     merge = vision.spatial_merge_size
     rows = max(round(tokens**0.5), 1)
-    grid = torch.tensor([[1, rows * merge, max(round(tokens / rows), 1) * merge]] * batch)
+    grid = torch.tensor([[1, rows * merge, max(round(tokens / rows), 1) * merge]] * batch, device="cpu")
     width = 3 * vision.temporal_patch_size * vision.patch_size**2
-    return {"pixel_values": torch.empty(int(grid.prod(1).sum()), width), "image_grid_thw": grid}
+    return {"pixel_values": torch.empty(int(grid.prod(1).sum()), width, device="cpu"), "image_grid_thw": grid}
 
 
 _QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")

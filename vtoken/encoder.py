@@ -65,7 +65,7 @@ def _cls(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
 
 def _received(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
     views, heads, tokens, _ = query.shape
-    total = torch.zeros(views, tokens, device=query.device)
+    total = torch.zeros(views, tokens, dtype=torch.float32, device=query.device)
     for some, _, rows in _patch_rows(query, key, scale, first):
         flat = rows.flatten(1, 2)
         total[some] += (flat.new_ones(len(flat), 1, flat.shape[1]) @ flat)[:, 0]  # faster than a sum over rows
@@ -75,7 +75,7 @@ def _received(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
 def _given(query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
     views, heads, tokens, _ = query.shape
     patches = tokens - first
-    left = torch.zeros(views, patches, device=query.device)  # what goes to [CLS]: rows add up to 1
+    left = torch.zeros(views, patches, dtype=torch.float32, device=query.device)  # what goes to [CLS]: rows add up to 1
     if first:
         for some, span, rows in _patch_rows(query, key, scale, first):
             left[some, span] += rows[..., :first].sum(-1).sum(1)

@@ -421,8 +421,10 @@ class Session:
             record = self.adapter.regroup(record, here[::times])
             order = expand_items(record.lengths, counts)
             lengths = [record.lengths[i] for i in order]
-            numbers = torch.arange(len(layouts), len(layouts) + len(order)).repeat_interleave(torch.tensor(lengths))
-            known = [numbers.to(embeds.device), torch.cat([torch.arange(n) for n in lengths]).to(embeds.device)]
+            numbers = torch.arange(len(layouts), len(layouts) + len(order), device="cpu")
+            numbers = numbers.repeat_interleave(torch.tensor(lengths, device="cpu"))
+            slots = torch.cat([torch.arange(n, device="cpu") for n in lengths])
+            known = [numbers.to(embeds.device), slots.to(embeds.device)]
             if record.dropped is not None:
                 parts = record.dropped.split(record.lengths)
                 gone = torch.cat([parts[i].to(embeds.device) for i in order])

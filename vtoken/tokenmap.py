@@ -86,7 +86,7 @@ def token_map(model: nn.Module, inputs: Mapping[str, Any], sizes: Sequence[tuple
     adapter, session = adapter_for(model), session_of(model)
     _, records = encode(adapter, VisionReader(adapter, (), False), inputs)
     kinds = adapter.modality(inputs["input_ids"], None)
-    blank = torch.zeros(*kinds.shape, 1, device=kinds.device)
+    blank = torch.zeros(*kinds.shape, 1, dtype=torch.float32, device=kinds.device)
     ctx = Session(adapter, Reducer(), "keep", "drop").context(kinds, records, blank, real_tokens(inputs))
     found, boxes = _boxes(adapter, ctx, sizes)
     row, position = ctx.visual.nonzero().cpu().unbind(1)
@@ -111,7 +111,7 @@ def _boxes(
                 f"{type(adapter).__name__} does not know the size of a picture: pass sizes=[(height, width), ...]."
             )
         height, width = size
-        box = shares * torch.tensor([width, height, width, height])
+        box = shares * torch.tensor([width, height, width, height], device="cpu")
         boxes.append(box.masked_fill((layout.view == NEWLINE)[:, None], float("nan")))
         found.append((int(height), int(width)))
     return found, torch.nn.utils.rnn.pad_sequence(boxes, True, float("nan"))
@@ -123,8 +123,8 @@ def _history(
     """Kept and merged tokens of the last run, if it was of this prompt."""
     if stats is None or not torch.equal(stats.tokens.cpu(), ctx.tokens.cpu()):
         return {}, {}
-    number = torch.full((ctx.items, ctx.longest), -1)
-    number[image, slot] = torch.arange(len(image))
+    number = torch.full((ctx.items, ctx.longest), -1, device="cpu")
+    number[image, slot] = torch.arange(len(image), device="cpu")
     kept = {layer: mask.cpu()[image, slot] for layer, mask in stats.kept}
     merged = {}
     for layer, source in stats.sources:

@@ -54,9 +54,10 @@ class TowerCut:
         self.reads = {name: EncoderRead(name).resolve(self.first > 0).what for name in reducer.tower_reads()}
         self.kept: list[Tensor] = []
         """Per call of the tower (V, patches) bool."""
-        self._rows = torch.empty(0)  # (V, n) long: rows that the blocks work on, in the present call of the tower
+        self._rows = torch.empty(0, dtype=torch.long, device="cpu")
+        """(V, n): rows that the blocks work on, in the present call of the tower."""
         self._found: dict[str, Tensor] = {}
-        self._full = self._short = torch.empty(0)
+        self._full = self._short = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def open(self, stack: contextlib.ExitStack) -> None:
         """Install the hooks until the stack closes."""

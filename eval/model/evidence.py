@@ -64,7 +64,7 @@ class EvidenceReader:
         first = 0
         found: list[float | None] = []
         for row, (shown, boxes) in enumerate(zip(visuals, evidence, strict=True)):
-            bearing = torch.zeros(len(places), dtype=torch.bool)
+            bearing = torch.zeros(len(places), dtype=torch.bool, device="cpu")
             for number, visual in enumerate(shown):
                 tokens = places.image == first + number
                 frames = boxes if isinstance(visual, np.ndarray) else [boxes[number]]
@@ -93,9 +93,9 @@ def size_of(visual: Any) -> tuple[int, int]:
 def _presence(places: TokenMap, stats: Stats) -> Tensor:
     """(T,) share of the decoder layers in which each token is there."""
     starts = torch.cat([places.image.new_zeros(1), places.image.bincount().cumsum(0)[:-1]])
-    slot = torch.arange(len(places)) - starts[places.image]
+    slot = torch.arange(len(places), device="cpu") - starts[places.image]
     layers = [layer for layer, _ in stats.kept]
-    present = torch.zeros(len(places))
+    present = torch.zeros(len(places), device="cpu")
     for start, end, (_, kept) in zip(layers, [*layers[1:], stats.depth], stats.kept, strict=True):
         present += (end - start) / stats.depth * kept.cpu()[places.image, slot]
     return present
@@ -104,11 +104,11 @@ def _presence(places: TokenMap, stats: Stats) -> Tensor:
 def _bears(places: TokenMap, tokens: Tensor, frames: Boxes) -> Tensor:
     """(T,) bool: tokens of one picture, or of a clip whose time steps show several frames each, that bear evidence."""
     steps = int(places.view[tokens].max()) + 1 if len(frames) > 1 else 1
-    bearing = torch.zeros(len(places), dtype=torch.bool)
+    bearing = torch.zeros(len(places), dtype=torch.bool, device="cpu")
     for frame, boxes in enumerate(frames):
         if not boxes:
             continue
-        hit = _overlap(places.box, torch.tensor(boxes)) >= SHARE
+        hit = _overlap(places.box, torch.tensor(boxes, device="cpu")) >= SHARE
         bearing |= hit & (places.view == frame * steps // len(frames)) if len(frames) > 1 else hit
     return bearing
 

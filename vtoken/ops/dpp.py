@@ -120,8 +120,8 @@ class _Row:
             seen, deviation = self.rows[:step], np.sqrt(self.left[at])
             self.rows[step] = (self.kernel[at] - seen[:, at] @ seen) / deviation
             self.left = self.left - np.square(self.rows[step])
-        self.pool.at.append(torch.tensor([[at]]))
-        self.pool.deviation.append(torch.tensor([[deviation]]))
+        self.pool.at.append(torch.tensor([[at]], device="cpu"))
+        self.pool.deviation.append(torch.tensor([[deviation]], dtype=torch.float32, device="cpu"))
 
 
 class _Variances(_Scores):

@@ -33,7 +33,7 @@ def max_min(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> T
 
 def _from_most_isolated(cosines: Cosines, k: Tensor, valid: Tensor) -> Tensor:
     """(1, k) picks of one row without invalid tokens."""
-    return pick(cosines, k, valid, only(torch.tensor([most_isolated(cosines)]), valid))
+    return pick(cosines, k, valid, only(torch.tensor([most_isolated(cosines)], device="cpu"), valid))
 
 
 def nearest_similarity(cosines: Cosines, valid: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ class _Race:
 
     def __init__(self, cosines: Cosines) -> None:
         self.cosines = self.rows = cosines
-        self.racing = torch.arange(cosines.shape[1])
-        self.found = torch.full((cosines.shape[1],), -1.0)
+        self.racing = torch.arange(cosines.shape[1], device="cpu")
+        self.found = torch.full((cosines.shape[1],), -1.0, dtype=torch.float32, device="cpu")
         self.best = float("inf"), -1
         self.random = torch.Generator().manual_seed(0)
 
@@ -81,7 +81,7 @@ class _Race:
         """Each product tells about both of its sides, until there are few left or hardly any leave."""
         distance = half = 0
         while len(self.racing) > BLOCK and distance <= half:
-            blocks = torch.arange(len(self.racing)).split(BLOCK)
+            blocks = torch.arange(len(self.racing), device="cpu").split(BLOCK)
             half = (len(blocks) + 1) // 2
             for i in range(half):
                 if (j := (i + half + distance) % len(blocks)) != i:
@@ -90,14 +90,17 @@ class _Race:
 
     def against_all(self) -> None:
         """Those that are left meet everyone, part by part."""
-        for others in torch.randperm(self.cosines.shape[1], generator=self.random).split(PART):
+        for others in self._shuffled(self.cosines.shape[1]).split(PART):
             if len(self.racing) <= FINAL:
-                return self._finish(torch.arange(len(self.racing)))
+                return self._finish(torch.arange(len(self.racing), device="cpu"))
             near = self.rows.facing(self.cosines.part(0, others))
             near.masked_fill_(self.racing[:, None] == others, -1.0)
             self.found = torch.maximum(self.found, near.amax(1))
             self._leave()
         self._compared(self.found, self.racing)
+
+    def _shuffled(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=self.random, device="cpu")
 
     def _meet(self, some: Tensor, others: Tensor) -> None:
         near = self.rows.part(0, some).facing(self.rows.part(0, others))
@@ -112,7 +115,7 @@ class _Race:
         if len(ahead) > (1 - at_least) * len(self.racing):
             return False
         if shuffled:
-            ahead = ahead[torch.randperm(len(ahead), generator=self.random)]
+            ahead = ahead[self._shuffled(len(ahead))]
         self.racing, self.found = self.racing[ahead], self.found[ahead]
         if len(ahead):
             self.rows = self.rows.part(0, ahead)

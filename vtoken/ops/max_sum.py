@@ -62,7 +62,7 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
                 draft = [best]
             else:
                 draft, drafted = pool.draft(best, total, group, ahead), len(picks)
-            ahead.update(zip(draft, cosines.columns(torch.tensor([draft]))[0].numpy(), strict=True))
+            ahead.update(zip(draft, cosines.columns(torch.tensor([draft], device="cpu"))[0].numpy(), strict=True))
         column = ahead.pop(best)
         np.copyto(group, len(picks), where=column > nearest)
         np.maximum(nearest, column, out=nearest)
@@ -70,7 +70,7 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
         total[best] = np.inf
         picks.append(best)
         best = int(total.argmin())
-    return torch.tensor([picks])
+    return torch.tensor([picks], device="cpu")
 
 
 class _Pool:
@@ -81,7 +81,7 @@ class _Pool:
         self.size = min(POOL, tokens)
         self.tokens = np.full(self.size, tokens)  # a token that does not exist
         self.place = np.full(tokens + 1, -1)  # of each token in the pool
-        self.units = torch.zeros(self.size, cosines.values.shape[-1])
+        self.units = cosines.values.new_zeros(self.size, cosines.values.shape[-1])
         self.table = np.zeros((self.size, self.size), np.float32)
 
     def draft(self, first: int, total: np.ndarray, group: np.ndarray, ahead: Container[int]) -> list[int]:

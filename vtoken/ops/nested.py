@@ -118,7 +118,7 @@ def nested_greedy(
         (1, M) long.
     """
     size = free.shape[1]
-    tokens = torch.arange(size) if tokens is None else tokens
+    tokens = torch.arange(size, device="cpu") if tokens is None else tokens
     least = max(POOL, parallel)
     width = width or (size if size <= 2 * least else least)
     parts: list[Tensor] = []
@@ -151,7 +151,7 @@ def _serve(pool: NestedPool, free: Tensor, most: int, parallel: int, rival: Riva
     """(1, M) places in the pool of the next picks; one step at least."""
     if parallel == 1:
         return _serve_singly(pool.row(), free, most, rival, tokens)
-    closed = torch.zeros(free.shape).masked_fill_(~free, float("-inf"))
+    closed = torch.zeros(free.shape, dtype=torch.float32, device="cpu").masked_fill_(~free, float("-inf"))
     picks: list[Tensor] = []
     for step in range(0, min(most, free.shape[1]), parallel):
         scores = pool.scores() + closed
@@ -177,7 +177,7 @@ def _serve_singly(row: RowPool, free: Tensor, most: int, rival: Rival, tokens: T
         picks.append(best)
         closed[best] = float("-inf")
         row.take(best)
-    return torch.tensor([picks])
+    return torch.tensor([picks], device="cpu")
 
 
 def _best(scores: Tensor, tokens: Tensor) -> Rival:

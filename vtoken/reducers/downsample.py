@@ -35,7 +35,7 @@ class Downsample(KeepReducer):
     summary = "The picture at a lower resolution (control)."
 
     def picture_grid(self, layout: ItemLayout) -> tuple[int, int]:
-        tokens = torch.tensor([len(layout.view)])
+        tokens = torch.tensor([len(layout.view)], device="cpu")
         return smaller_grid(*layout.grids[0], int(budget(self.keep, tokens)))
 
     def before_llm(self, ctx: VisualContext) -> Cut | None:
@@ -63,8 +63,9 @@ def nearest_slots(layout: ItemLayout, rows: int, columns: int) -> Tensor:
     """(rows * columns,) long: the token of a full grid at the centre of each cell of a coarser one, in raster order."""
     high, wide = layout.grids[0]
     row, column = (
-        ((torch.arange(cells) + 0.5) * extent / cells).long() for cells, extent in ((rows, high), (columns, wide))
+        ((torch.arange(cells, dtype=torch.float32, device="cpu") + 0.5) * extent / cells).long()
+        for cells, extent in ((rows, high), (columns, wide))
     )
-    slot = torch.empty(high, wide, dtype=torch.long)
-    slot[layout.row, layout.column] = torch.arange(len(layout.view))
+    slot = torch.empty(high, wide, dtype=torch.long, device="cpu")
+    slot[layout.row, layout.column] = torch.arange(len(layout.view), device="cpu")
     return slot[row[:, None], column].flatten()

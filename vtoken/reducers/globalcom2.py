@@ -89,7 +89,7 @@ class GlobalCom2(EncoderReducer, SelectReducer):
         picture = own.new_zeros(rows, columns)
         picture[layout.row.to(own.device)[seen], layout.column.to(own.device)[seen]] = own[seen]
         ratios = crop_ratios(picture, layout.crops, share, self.temperature)
-        weights = torch.full((len(layout.grids),), share, device=own.device)
+        weights = torch.full((len(layout.grids),), share, dtype=torch.float32, device=own.device)
         crops = torch.tensor([v for v in range(len(layout.grids)) if v != layout.thumbnail], device=own.device)
         weights[crops] = ratios
         number = torch.full((len(layout.grids) + 1,), -1, device=own.device)  # of a view among the crops; last: newline

@@ -74,7 +74,7 @@ class HiPrune(EncoderReducer, SelectReducer):
         return views.pick(anchors_first(anchors, deep, quota, views.valid))
 
     def _anchors(self, shallow: Tensor, quota: Tensor, places: list[Tensor], valid: Tensor) -> Tensor:
-        index = top_k(shallow, (quota * self.alpha / 5).round().long(), valid)
+        index = top_k(shallow, (quota.float() * self.alpha / 5).round().long(), valid)
         if self.compat:
             return raster_neighbours(index, valid, int(places[1].max()) + 1)
         return grid_neighbours(index, places[0], places[1], valid)

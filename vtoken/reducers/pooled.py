@@ -59,7 +59,7 @@ def cells(row: Tensor, column: Tensor, valid: Tensor, k: Tensor) -> Tensor:
     """
     top, height = _span(row, valid)
     _, width = _span(column, valid)
-    bands = (k * height / width).sqrt().round().long()
+    bands = ((k * height).float() / width).sqrt().round().long()
     bands = torch.maximum(bands, -(-k // width)).clamp(min=1)
     bands = torch.minimum(bands, torch.minimum(height, k.clamp(min=1)))
     band = torch.where(valid, (row - top[:, None]) * bands[:, None] // height[:, None], int(bands.max()))

@@ -47,4 +47,5 @@ class Random(ScoreReducer):
         return torch.nn.utils.rnn.pad_sequence(draws, True).to(ctx.hidden.device)
 
     def _draw(self, tokens: int) -> Tensor:
-        return torch.rand(tokens, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + tokens))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + tokens)
+        return torch.rand(tokens, generator=generator, dtype=torch.float32, device="cpu")

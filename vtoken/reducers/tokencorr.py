@@ -96,7 +96,7 @@ class TokenCorr(EncoderReducer, MergeReducer):
     def _gumbel(self, longest: int, tokens: int) -> Tensor:
         """Noise (longest,) that depends on the seed and the number of tokens alone."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + tokens)
-        noise = torch.rand(tokens, generator=generator).clamp(min=1e-12)
+        noise = torch.rand(tokens, generator=generator, dtype=torch.float32, device="cpu").clamp(min=1e-12)
         return torch.nn.functional.pad(-(-noise.log()).clamp(min=1e-12).log(), (0, longest - tokens))
 
 
@@ -115,5 +115,5 @@ def density(keys: Tensor, valid: Tensor, similarity: float, limit: float) -> Ten
     unit = unit_vectors(keys, valid, "keys")
     alike = torch.cat([((part @ unit.mT) > similarity).sum(2) - 1 for part in unit.split(CHUNK, 1)], 1)
     count = valid.sum(1, keepdim=True).clamp(min=1)
-    redundant = (alike > limit * count) & valid
-    return 1 - redundant.sum(1) / count[:, 0]
+    redundant = (alike > limit * count.float()) & valid
+    return 1 - redundant.sum(1).float() / count[:, 0]

@@ -57,7 +57,7 @@ class VisionZip(EncoderReducer, MergeReducer):
     def assign(self, ctx: VisualContext, budget: Tensor) -> Assignment:
         """Send each token that is neither dominant nor a target to the target with the most similar key."""
         scores, keys = self.read_scores(ctx), self.read(ctx, "keys")
-        contextual = torch.minimum((budget * self.contextual).round().long(), budget - 1).clamp(min=0)
+        contextual = torch.minimum((budget.float() * self.contextual).round().long(), budget - 1).clamp(min=0)
         dominant = ctx.cut(top_k(scores, budget - contextual, ctx.candidates)).keep
         targets = spaced(ctx.candidates & ~dominant, contextual)
         return Assignment(join(keys, dominant, targets, ctx.candidates))

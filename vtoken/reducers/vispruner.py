@@ -58,7 +58,7 @@ class VisPruner(EncoderReducer, SelectReducer):
         scores = views.take(self.read_scores(ctx))
         quota = views.share(budget, equal=True)
         order = top_k(scores, views.valid.sum(1), views.valid)
-        head = (quota * self.important).long()
+        head = (quota.float() * self.important).long()
         place = torch.arange(order.shape[1], device=order.device)
         rest = thin(views.take(ctx.features), order.masked_fill(place < head[:, None], -1), quota - head, views.valid)
         return views.pick(torch.cat([order.masked_fill(place >= head[:, None], -1), rest], 1))

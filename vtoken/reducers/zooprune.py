@@ -81,9 +81,9 @@ class ZOOPrune(SelectReducer):
             raise ValueError(f"Reducer {self.name!r} perturbs the projector's input, which this model does not show.")
         x = ctx.projector_input[ctx.candidates].float()
         generator = torch.Generator().manual_seed(self.seed)
-        directions = torch.randn(self.directions, x.shape[1], generator=generator).to(x.device)
-        found = sensitivity(x, in_float32(ctx.projector), directions, self.step)
-        out = torch.zeros(ctx.candidates.shape, device=x.device)
+        directions = torch.randn(self.directions, x.shape[1], generator=generator, dtype=x.dtype, device="cpu")
+        found = sensitivity(x, in_float32(ctx.projector), directions.to(x.device), self.step)
+        out = torch.zeros(ctx.candidates.shape, dtype=x.dtype, device=x.device)
         return out.masked_scatter(ctx.candidates, found)
 
     @staticmethod
