@@ -13,7 +13,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,12 @@ class Session:
         self._handles: list[Any] = []
         self._layer_handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A wrapped model cannot be pickled, as its hooks belong to this process: unwrap it before and wrap the "
+            "loaded one, copy it with copy.deepcopy, or use save_pretrained."
+        )
 
     # ------------------------------------------------------------------ attach and detach
     def attach(self) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 
 import pytest
@@ -116,6 +117,16 @@ def test_an_error_in_a_reducer_leaves_the_model_usable(model_and_inputs):
             generate(model, bad)
         generate(model, inputs)
     assert torch.equal(generate(model, inputs), wanted)
+
+
+@pytest.mark.parametrize("family", tiny.CORE)
+def test_pickling_a_wrapped_model(family):
+    model, inputs = tiny.make(family, (1,))
+    with vtoken.reduce(model, "random", keep=0.5):
+        for module in (model, model.model, model.model.language_model):
+            with pytest.raises(TypeError, match="cannot be pickled"):
+                pickle.dumps(module)
+    assert torch.equal(generate(pickle.loads(pickle.dumps(model)), inputs), generate(model, inputs))
 
 
 def test_two_threads_get_right_answers_or_a_sentence(model_and_inputs):

@@ -79,6 +79,20 @@ def test_batch_equals_alone_and_repeats(family, name):
 
 
 @every_reducer
+@every_family
+def test_a_pass_that_keeps_gradients(family, name):
+    model, inputs = tiny.make(family, (1, 2))
+    skip_refused(model, built(name))
+    with vtoken.reduce(model, built(name)):
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        found = model(**inputs, labels=inputs["input_ids"], use_cache=False)
+        found.loss.backward()
+    torch.testing.assert_close(found.logits, expected, **TOLERANCE)
+    assert bool(model.get_input_embeddings().weight.grad.any())
+
+
+@every_reducer
 def test_a_tower_without_cls_is_served_or_refused_with_a_sentence(name):
     model, inputs = tiny.make("llava", (1,), tower="siglip")
     reducer = built(name)

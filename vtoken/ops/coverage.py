@@ -13,6 +13,7 @@ CHUNK = 512  # the same before the first pick, when all are
 DENSE = 3072  # tokens up to which all similarities are kept (36 MB): each is used about ten times
 
 
+@torch.no_grad()
 def coverage(
     features: Tensor,
     importance: Tensor,

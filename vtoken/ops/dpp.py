@@ -15,6 +15,7 @@ from vtoken.ops.nested import nested_greedy, row_by_row
 RANK_EPS = 1e-6  # conditional variance, relative to the token's own, below which float32 holds only rounding
 
 
+@torch.no_grad()
 def dpp(features: Tensor, relevance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """Pick the set that maximises ``det`` of the kernel ``diag(r) cos(features) diag(r)`` (CDPruner, arXiv 2506.10967).
 

@@ -18,6 +18,7 @@ FINAL = 32  # of them, whose nearest neighbours are found at once
 ROUNDING = 1e-5  # by which cosines from products of other shapes may differ
 
 
+@torch.no_grad()
 def max_min(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """Max-min selection that starts at the token farthest from its nearest neighbour (DivPrune, arXiv 2503.02175).
 

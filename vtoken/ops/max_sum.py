@@ -28,6 +28,7 @@ ALONE = 16
 DRAFT = 16  # columns computed at a time: twice as many cost twice as much, and half as many no less
 
 
+@torch.no_grad()
 def max_sum(features: Tensor, k: int | Tensor, start: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
     """Max-sum diversification: the smallest sum of cosines to the picks (ToDRE v2, arXiv 2505.18757, Eq. 4-6).
 
