@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vtoken.precision import without_autocast
+
 BACKEND = "vtoken_tap"
 
 Reader = Callable[[nn.Module, Tensor, Tensor, "Tensor | None", dict[str, Any]], None]
@@ -150,7 +152,8 @@ def attention_rows(
     rows = torch.arange(queries, device=query.device).expand(size, queries) if rows is None else rows.to(query.device)
     picked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width))
     grouped = picked.view(size, key.shape[1], -1, rows.shape[1], width)
-    logits = torch.einsum("bghrd,bgkd->bghrk", grouped.float(), key.float()).reshape(size, heads, -1, keys) * scale
+    with without_autocast(query.device):
+        logits = torch.einsum("bghrd,bgkd->bghrk", grouped.float(), key.float()).reshape(size, heads, -1, keys) * scale
     if cap := kwargs.get("softcap"):
         logits = torch.tanh(logits / cap) * cap
     if mask is not None and mask.dim() == 4:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtoken.precision import without_autocast
+
 BLOCK = 1 << 22
 """Attention weights that exist at a time: 16 MiB of logits and 16 MiB of probabilities in float32."""
 
@@ -139,6 +141,7 @@ def read_calls(what: str, calls: Sequence[tuple[Tensor, Tensor, float]], first: 
     for (_, scale), numbers in alike.items():
         query = torch.cat([calls[n][0] for n in numbers])
         key = torch.cat([calls[n][1] for n in numbers])
-        parts = STATISTICS[what](query, key, scale, first).split([len(calls[n][0]) for n in numbers])
-        found.update(zip(numbers, parts, strict=True))
+        with without_autocast(query.device):
+            values = STATISTICS[what](query, key, scale, first)
+        found.update(zip(numbers, values.split([len(calls[n][0]) for n in numbers]), strict=True))
     return [found[number] for number in range(len(calls))]

@@ -28,6 +28,7 @@ from vtoken.context import Cut, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.light.decoder import LightDecoder
 from vtoken.methods import replace_method
+from vtoken.precision import without_autocast
 from vtoken.prefill import Group, Prefill, build_mask, layer_type
 from vtoken.reducers.base import Reducer
 from vtoken.stats import Stats
@@ -366,7 +367,8 @@ class Session:
         self._stats = stats = Stats(ctx.tokens, ctx.row, len(self.adapter.layers))
         if self.reader.cutter is not None:
             stats.from_tower = ctx.valid.sum(1)
-        cut = None if self._idle else self.reducer.before_llm(ctx)
+        with without_autocast(embeds.device):
+            cut = None if self._idle else self.reducer.before_llm(ctx)
         if cut is None and self.reader.cutter is not None:
             cut = Cut(ctx.valid)  # without the tokens that the vision tower dropped
         kwargs = prefill.cut_inputs(cut, kwargs, self.positions)
@@ -516,7 +518,8 @@ class Session:
             self._check_checkpointing(module)
             started = time.perf_counter()
             ctx = prefill.prepare_context(index, hidden, module, kwargs)
-            cut = self.reducer.at_layer(index, ctx)
+            with without_autocast(hidden.device):
+                cut = self.reducer.at_layer(index, ctx)
             hidden = prefill.cut_layer(index, hidden, cut)
             self.stats.add_group(index, ctx, cut)  # type: ignore[union-attr]
             self.stats.selection_seconds += time.perf_counter() - started  # type: ignore[union-attr]

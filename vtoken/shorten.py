@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vtoken.adapters import Adapter, adapter_for
 from vtoken.adapters.base import MODALITIES
 from vtoken.encode import encode, real_tokens
+from vtoken.precision import without_autocast
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
 from vtoken.sequence import compact, gather
@@ -69,7 +70,8 @@ def shorten(
         rows = torch.cat(feature_list(output))
         embeds[kinds == MODALITIES[modality]] = rows.to(embeds.dtype)
     ctx = session.context(kinds, records, embeds, real_tokens(inputs))
-    cut = None if built.is_identity else built.before_llm(ctx)
+    with without_autocast(embeds.device):
+        cut = None if built.is_identity else built.before_llm(ctx)
     keep = ctx.text | (ctx.visual if cut is None else ctx.per_token(cut.keep, False))
     hidden = ctx.hidden if cut is None else ctx.rewritten(cut)
     for modality, output in outputs.items():

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vtoken.context import TowerContext
 from vtoken.encoder import STATISTICS, EncoderRead
+from vtoken.precision import without_autocast
 
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
@@ -70,7 +71,8 @@ class TowerCut:
 
     def note(self, query: Tensor, key: Tensor, scale: float) -> None:
         """Take the statistics from queries and keys of the block before the cut."""
-        self._found = {name: STATISTICS[what](query, key, scale, self.first) for name, what in self.reads.items()}
+        with without_autocast(query.device):
+            self._found = {name: STATISTICS[what](query, key, scale, self.first) for name, what in self.reads.items()}
 
     def widen(self, values: Tensor, call: int) -> Tensor:
         """Statistics (V, n, ...) of the patches kept in a call of the tower to (V, patches, ...), zero elsewhere."""
@@ -104,7 +106,8 @@ class TowerCut:
                 "which cannot be read: use a reducer that acts before the language model."
             )
         members = groups.argsort(stable=True).view(int(groups.max()) + 1, -1)
-        picked = self.reducer.in_tower(TowerContext({k: v[:, members].mean(-1) for k, v in self._found.items()}))
+        with without_autocast(hidden.device):
+            picked = self.reducer.in_tower(TowerContext({k: v[:, members].mean(-1) for k, v in self._found.items()}))
         self._found = {}
         chosen = members[picked].flatten(1).sort(1).values
         self.kept.append(torch.zeros(len(hidden), len(groups), dtype=torch.bool, device=hidden.device))

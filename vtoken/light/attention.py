@@ -149,7 +149,8 @@ class _Sums:
         return _pick(self.key, groups), _pick(self.value, groups)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, **self.options, **options)
+        found = scaled_dot_product_attention(query, key, value, **self.options, **options)
+        return found.to(self.out.dtype)  # autocast rounds it
 
     def _put(self, here: Tensor, heads: list[int], found: Tensor) -> None:
         if len(heads) < self.out.shape[2]:

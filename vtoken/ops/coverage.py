@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from vtoken.ops.common import counts, finite, mask_of, unit_vectors
+from vtoken.precision import selection
 
 BLOCK = 16  # candidates evaluated at a time
 CHUNK = 512  # the same before the first pick, when all are
 DENSE = 3072  # tokens up to which all similarities are kept (36 MB): each is used about ten times
 
 
-@torch.no_grad()
+@selection
 def coverage(
     features: Tensor,
     importance: Tensor,

@@ -11,11 +11,12 @@ from vtoken.ops.common import counts, finite, mask_of
 from vtoken.ops.cosines import Cosines
 from vtoken.ops.lazy import lazy_greedy, on_host
 from vtoken.ops.nested import nested_greedy, row_by_row
+from vtoken.precision import selection
 
 RANK_EPS = 1e-6  # conditional variance, relative to the token's own, below which float32 holds only rounding
 
 
-@torch.no_grad()
+@selection
 def dpp(features: Tensor, relevance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """Pick the set that maximises ``det`` of the kernel ``diag(r) cos(features) diag(r)`` (CDPruner, arXiv 2506.10967).
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from vtoken.ops.common import counts, finite, first_of, mask_of
 from vtoken.ops.cosines import Cosines
 from vtoken.ops.nearest import only, pick
+from vtoken.precision import selection
 
 
 def start_of(start: Tensor | None, valid: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def start_of(start: Tensor | None, valid: Tensor) -> Tensor:
     return start
 
 
-@torch.no_grad()
+@selection
 def k_center(features: Tensor, k: int | Tensor, start: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
     """Farthest-point selection: the largest smallest distance ``1 - cos`` to the picks (ToDRE v1, arXiv 2505.18757).
 
@@ -53,7 +54,7 @@ def k_center(features: Tensor, k: int | Tensor, start: Tensor | None = None, val
     return pick(Cosines(features, valid), counts(k, valid), valid, first)
 
 
-@torch.no_grad()
+@selection
 def mmr(
     features: Tensor,
     importance: Tensor,
@@ -102,7 +103,7 @@ def mmr(
     return pick(Cosines(features, valid), counts(k, valid), valid, weight, lam * weight, slope, parallel)
 
 
-@torch.no_grad()
+@selection
 def sads(features: Tensor, weights: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """Sensitivity-aware diversity selection (ZOO-Prune, arXiv 2509.24837).
 

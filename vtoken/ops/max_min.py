@@ -11,6 +11,7 @@ from vtoken.ops.cosines import CHUNK, Cosines
 from vtoken.ops.lazy import on_host
 from vtoken.ops.nearest import only, pick
 from vtoken.ops.nested import row_by_row
+from vtoken.precision import selection
 
 BLOCK = 384  # tokens that meet as many others at a time
 PART = 512  # tokens of all that the last in the race meet at a time
@@ -18,7 +19,7 @@ FINAL = 32  # of them, whose nearest neighbours are found at once
 ROUNDING = 1e-5  # by which cosines from products of other shapes may differ
 
 
-@torch.no_grad()
+@selection
 def max_min(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """Max-min selection that starts at the token farthest from its nearest neighbour (DivPrune, arXiv 2503.02175).
 

@@ -19,6 +19,7 @@ from vtoken.ops.greedy import start_of
 from vtoken.ops.lazy import on_host
 from vtoken.ops.nearest import only, pick
 from vtoken.ops.nested import row_by_row
+from vtoken.precision import selection
 
 POOL = 128  # tokens among which picks are drafted
 AHEAD = 4  # pools are chosen among so many times their number of tokens with the smallest sums
@@ -28,7 +29,7 @@ ALONE = 16
 DRAFT = 16  # columns computed at a time: twice as many cost twice as much, and half as many no less
 
 
-@torch.no_grad()
+@selection
 def max_sum(features: Tensor, k: int | Tensor, start: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
     """Max-sum diversification: the smallest sum of cosines to the picks (ToDRE v2, arXiv 2505.18757, Eq. 4-6).
 
