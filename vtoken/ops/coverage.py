@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vtoken.ops.common import counts, finite, mask_of, unit_vectors
 from vtoken.precision import selection
+from vtoken.sequence import gather
 
 BLOCK = 16  # candidates evaluated at a time
 CHUNK = 512  # the same before the first pick, when all are
@@ -91,7 +92,7 @@ class _LazyGains:
             if bool((self.exact.gather(1, best) | ~self.free.gather(1, best)).all()):
                 break
             waiting = scores.masked_fill(self.exact, float("-inf"))
-            index = waiting.sort(dim=1, descending=True, stable=True).indices[:, :BLOCK]
+            index = waiting.topk(min(BLOCK, waiting.shape[1]), sorted=False).indices  # any of equal ones will do
             self.bound.scatter_(1, index, self._gains(index))
             self.exact.scatter_(1, index, True)
         self.free.scatter_(1, best, False)
@@ -105,5 +106,5 @@ class _LazyGains:
     def _similarity(self, index: Tensor) -> Tensor:
         """Cosines (B, P, N) of the tokens ``index`` (B, P) and all tokens."""
         if self.table is not None:
-            return self.table.gather(1, index[..., None].expand(-1, -1, self.table.shape[2]))
-        return self.unit.gather(1, index[..., None].expand(-1, -1, self.unit.shape[2])) @ self.unit.mT
+            return gather(self.table, index)
+        return gather(self.unit, index) @ self.unit.mT

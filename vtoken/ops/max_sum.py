@@ -21,8 +21,8 @@ from vtoken.ops.nearest import only, pick
 from vtoken.ops.nested import row_by_row
 from vtoken.precision import selection
 
-POOL = 128  # tokens among which picks are drafted
-AHEAD = 4  # pools are chosen among so many times their number of tokens with the smallest sums
+POOL = 112  # tokens among which picks are drafted
+AHEAD = 3  # pools are chosen among so many times their number of tokens with the smallest sums
 ALIKE = 4  # tokens of a pool nearest to the same pick: after one of them is picked, the others are far behind
 LEAST = 2  # picks that a draft should serve; where it does not, as in features of low rank, `ALONE` picks follow singly
 ALONE = 16
