@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import vtoken
 import vtoken.mini
@@ -91,3 +92,19 @@ def test_a_reducer_keeps_its_share_and_leaves_no_trace(name):
 def test_weights_are_float16_and_finite(name):
     model, _ = vtoken.mini.load(name, dtype=torch.float16)
     assert all(p.isfinite().all() and p.dtype == torch.float16 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", vtoken.mini.names())
+def test_a_pipeline_of_transformers(name):
+    """It prepares prompts and batches by itself."""
+    model, processor = vtoken.mini.load(name)
+    documents = held_out("exist", 2)
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": d.images[0]}, {"type": "text", "text": d.question}]}]
+        for d in documents
+    ]
+    with vtoken.reduce(model, "idpruner", keep=0.5):
+        ask = transformers.pipeline("image-text-to-text", model=model, processor=processor)
+        found = [one[0]["generated_text"][-1]["content"].strip() for one in ask(text=chats, max_new_tokens=8)]
+        assert found == answers(model, processor, documents)
+        assert vtoken.stats(model).images[0].kept < vtoken.stats(model).images[0].tokens

@@ -226,6 +226,20 @@ def test_peft(family, plan, first):
     assert torch.equal(*answers)
 
 
+@every_core
+def test_saving_a_wrapped_model_saves_the_stock_one(family, tmp_path):
+    model, inputs = tiny.make(family, (1, 2))
+    expected = generate(model, inputs)
+    with vtoken.reduce(model, PLANS["both"]):
+        pruned = generate(model, inputs)
+        model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    loaded.generation_config = model.generation_config
+    assert torch.equal(generate(loaded, inputs), expected)
+    with vtoken.reduce(loaded, PLANS["both"]):
+        assert torch.equal(generate(loaded, inputs), pruned)
+
+
 @plans
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_deepcopy_of_a_wrapped_model(family, plan):
