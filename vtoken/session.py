@@ -428,24 +428,17 @@ class Session:
             times = max(sum(counts) // max(sum(record.lengths), 1), 1)  # beams repeat every row in a block
             record = self.adapter.regroup(record, here[::times])
             order = expand_items(record.lengths, counts)
-            lengths = [record.lengths[i] for i in order]
-            numbers = torch.arange(len(layouts), len(layouts) + len(order), device="cpu")
-            numbers = numbers.repeat_interleave(torch.tensor(lengths, device="cpu"))
-            slots = torch.cat([torch.arange(n, device="cpu") for n in lengths])
-            known = [numbers.to(embeds.device), slots.to(embeds.device)]
+            known = [x.to(embeds.device) for x in _numbered(len(layouts), [record.lengths[i] for i in order])]
             if record.dropped is not None:
-                parts = record.dropped.split(record.lengths)
-                gone = torch.cat([parts[i].to(embeds.device) for i in order])
+                gone = torch.cat(_items(record.dropped, record, order, embeds.device))
                 known = [torch.where(gone, -1, x) for x in known]
             places = here.nonzero(as_tuple=True)
             item[places], slot[places] = known
             layouts += [record.layouts[i] for i in order]
             for read, values in record.maps.items():
-                parts = values.split(record.lengths)
-                maps[read] += [parts[i].to(embeds.device) for i in order]
+                maps[read] += _items(values, record, order, embeds.device)
             if record.projector_input is not None:
-                parts = record.projector_input.split(record.lengths)
-                inputs += [parts[i].to(embeds.device) for i in order]
+                inputs += _items(record.projector_input, record, order, embeds.device)
             resampled += [record.resampled[i].to(embeds.device) for i in order] if record.resampled else []
         return VisualContext(
             hidden=embeds,
@@ -533,3 +526,16 @@ class Session:
                 "Cutting inside the decoder under gradient checkpointing needs transformers >= 5.23: "
                 "upgrade, or use a reducer that acts before the language model."
             )
+
+
+def _numbered(first: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """(T,) long each, per token of items with such lengths: its item, counted from ``first``, and its place in it."""
+    items = torch.arange(first, first + len(lengths), device="cpu")
+    places = torch.cat([torch.arange(length, device="cpu") for length in lengths])
+    return items.repeat_interleave(torch.tensor(lengths, device="cpu")), places
+
+
+def _items(values: Tensor, record: VisionRecord, order: list[int], device: torch.device) -> list[Tensor]:
+    """What a record holds per token (T, ...), item by item in the ``order`` of the prompt."""
+    parts = values.split(record.lengths)
+    return [parts[i].to(device) for i in order]
