@@ -103,9 +103,8 @@ class _Packing:
         place = torch.cat([place, torch.stack([index // side, index % side], 1).repeat(len(owner), 1)], 1)
         packed = self._pack(place.float().view(len(owner), side**2, 4)).cpu()
         newline = packed[:, 0].isnan()
-        last = (
-            torch.where(newline, 0, torch.arange(len(packed), device="cpu")).cummax(0).values
-        )  # belongs to what it ends
+        position = torch.arange(len(packed), device="cpu")
+        last = torch.where(newline, 0, position).cummax(0).values  # a newline belongs to what it ends
         image = packed[last, 0].long()
         packed = packed.nan_to_num(0.0).long()
         lengths = torch.bincount(image, minlength=len(self.views)).tolist()

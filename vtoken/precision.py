@@ -27,8 +27,8 @@ def selection(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def choose(*args: P.args, **kwargs: P.kwargs) -> T:
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        with torch.no_grad(), without_autocast(given.device):
+        devices = (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.no_grad(), without_autocast(next(devices, torch.device("cpu"))):
             return function(*args, **kwargs)
 
     return choose

@@ -95,7 +95,7 @@ def _presence(places: TokenMap, stats: Stats) -> Tensor:
     starts = torch.cat([places.image.new_zeros(1), places.image.bincount().cumsum(0)[:-1]])
     slot = torch.arange(len(places), device="cpu") - starts[places.image]
     layers = [layer for layer, _ in stats.kept]
-    present = torch.zeros(len(places), device="cpu")
+    present = torch.zeros(len(places), dtype=torch.float32, device="cpu")
     for start, end, (_, kept) in zip(layers, [*layers[1:], stats.depth], stats.kept, strict=True):
         present += (end - start) / stats.depth * kept.cpu()[places.image, slot]
     return present

@@ -71,11 +71,8 @@ def merge_views(
         Tokens go into the slot of the first token of their group; those of a view that may keep none are dropped.
     """
     views = Views.of(ctx)
-    known = (
-        torch.ones(ctx.view.shape, dtype=torch.float32, device=metric.device)
-        if ctx.sizes is None
-        else ctx.sizes.float()
-    )
+    ones = torch.ones(ctx.view.shape, dtype=torch.float32, device=metric.device)
+    known = ones if ctx.sizes is None else ctx.sizes.float()
     sizes = views.take(known) if weighted else None
     quota = views.share(budget)
     found = merge_down(views.take(metric), views.valid & (quota > 0)[:, None], quota, rounds, sizes)
