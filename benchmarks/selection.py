@@ -4,8 +4,8 @@
 Every selection is timed in turn with its baseline (`baselines.py`) on Gaussian and on clustered features, with the
 same picks. Then: several pictures of unequal size at once, other numbers of tokens, and memory.
 
-A CPU with AVX-512 multiplies whole matrices two to three times as fast as one with AVX2, but matrices by few vectors,
-as selections do, hardly faster: memory is as slow. So there, one picture is also timed with AVX2 alone, in a process of
+A CPU with AVX-512 multiplies whole matrices about twice as fast as one with AVX2, but matrices by few vectors, as
+selections do, hardly faster: memory is as slow. So there, one picture is also timed with AVX2 alone, in a process of
 its own.
 
 Two selections have less to save than the others on such features:
