@@ -116,6 +116,26 @@ def one_picture(tokens: int, width: int, picks: int, args: Any) -> dict[str, Any
     return {"one": one, "speedup": speedup}
 
 
+def others(tokens: int, width: int, picks: int, args: Any) -> dict[str, Any]:
+    """Features of low rank, unequal pictures, and other numbers of tokens."""
+    results: dict[str, Any] = {part: {} for part in ("low_rank", "ragged", "sweep")}
+    x, w = features("low rank", tokens, width).to(args.device), weights(tokens).to(args.device)
+    for name in (name for name in BASELINES if name != "coverage"):  # its loop takes seconds
+        results["low_rank"][name] = found = compare(name, x, w, picks, args)
+        _say(f"{name} low rank", found)
+    for name in BASELINES:
+        x, w, valid, k = ragged(tokens // 4, width, args.device)
+        results["ragged"][name] = found = compare(name, x, w, k, args, valid)
+        _say(f"{name} ragged", found)
+    for count in (96, 192) if args.quick else (576, 1152, 2304, 4608):
+        x, w = features("clusters", count, width).to(args.device), weights(count).to(args.device)
+        for name in ("k_center", "mmr"):
+            found = compare(name, x, w, count // 10, args)
+            results["sweep"].setdefault(name, {})[count] = found
+            _say(f"{name} N={count}", found)
+    return results
+
+
 def with_avx2(args: Any) -> dict[str, Any]:
     """`one_picture` in a process without AVX-512."""
     with tempfile.TemporaryDirectory() as folder:
@@ -138,26 +158,6 @@ def main() -> None:
         if args.device == "cpu" and results["cpu"] == "AVX512":
             results["avx2"] = with_avx2(args)
     save("selection", results, args)
-
-
-def others(tokens: int, width: int, picks: int, args: Any) -> dict[str, Any]:
-    """Features of low rank, unequal pictures, and other numbers of tokens."""
-    results: dict[str, Any] = {part: {} for part in ("low_rank", "ragged", "sweep")}
-    x, w = features("low rank", tokens, width).to(args.device), weights(tokens).to(args.device)
-    for name in (name for name in BASELINES if name != "coverage"):  # its loop takes seconds
-        results["low_rank"][name] = found = compare(name, x, w, picks, args)
-        _say(f"{name} low rank", found)
-    for name in BASELINES:
-        x, w, valid, k = ragged(tokens // 4, width, args.device)
-        results["ragged"][name] = found = compare(name, x, w, k, args, valid)
-        _say(f"{name} ragged", found)
-    for count in (96, 192) if args.quick else (576, 1152, 2304, 4608):
-        x, w = features("clusters", count, width).to(args.device), weights(count).to(args.device)
-        for name in ("k_center", "mmr"):
-            found = compare(name, x, w, count // 10, args)
-            results["sweep"].setdefault(name, {})[count] = found
-            _say(f"{name} N={count}", found)
-    return results
 
 
 def _say(what: str, found: dict[str, Any]) -> None:

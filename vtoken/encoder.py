@@ -117,6 +117,12 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor, float, int], Tensor]] = {
 NEEDS_CLS = ("cls", "cls_logits")
 
 
+def statistic(what: str, query: Tensor, key: Tensor, scale: float, first: int) -> Tensor:
+    """One of `STATISTICS`, of queries and keys (views, heads, N, d); autocast does not round it."""
+    with without_autocast(query.device):
+        return STATISTICS[what](query, key, scale, first)
+
+
 def read_calls(what: str, calls: Sequence[tuple[Tensor, Tensor, float]], first: int) -> list[Tensor]:
     """One statistic of many calls of a layer: windows and frames of one size are computed together.
 
@@ -141,7 +147,6 @@ def read_calls(what: str, calls: Sequence[tuple[Tensor, Tensor, float]], first: 
     for (_, scale), numbers in alike.items():
         query = torch.cat([calls[n][0] for n in numbers])
         key = torch.cat([calls[n][1] for n in numbers])
-        with without_autocast(query.device):
-            values = STATISTICS[what](query, key, scale, first)
-        found.update(zip(numbers, values.split([len(calls[n][0]) for n in numbers]), strict=True))
+        parts = statistic(what, query, key, scale, first).split([len(calls[n][0]) for n in numbers])
+        found.update(zip(numbers, parts, strict=True))
     return [found[number] for number in range(len(calls))]

@@ -367,8 +367,7 @@ class Session:
         self._stats = stats = Stats(ctx.tokens, ctx.row, len(self.adapter.layers))
         if self.reader.cutter is not None:
             stats.from_tower = ctx.valid.sum(1)
-        with without_autocast(embeds.device):
-            cut = None if self._idle else self.reducer.before_llm(ctx)
+        cut = self.first_cut(ctx)
         if cut is None and self.reader.cutter is not None:
             cut = Cut(ctx.valid)  # without the tokens that the vision tower dropped
         kwargs = prefill.cut_inputs(cut, kwargs, self.positions)
@@ -454,6 +453,11 @@ class Session:
             depth=len(self.adapter.layers),
             newlines=self.reducer.newlines,
         )
+
+    def first_cut(self, ctx: VisualContext) -> Cut | None:
+        """What the reducer does before the language model."""
+        with without_autocast(ctx.hidden.device):
+            return None if self._idle else self.reducer.before_llm(ctx)
 
     def _language_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         return None if self._owner is None else self._close_forward(output)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from vtoken.adapters import Adapter, adapter_for
 from vtoken.adapters.base import MODALITIES
 from vtoken.encode import encode, real_tokens
-from vtoken.precision import without_autocast
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
 from vtoken.sequence import compact, gather
@@ -70,8 +69,7 @@ def shorten(
         rows = torch.cat(feature_list(output))
         embeds[kinds == MODALITIES[modality]] = rows.to(embeds.dtype)
     ctx = session.context(kinds, records, embeds, real_tokens(inputs))
-    with without_autocast(embeds.device):
-        cut = None if built.is_identity else built.before_llm(ctx)
+    cut = session.first_cut(ctx)
     keep = ctx.text | (ctx.visual if cut is None else ctx.per_token(cut.keep, False))
     hidden = ctx.hidden if cut is None else ctx.rewritten(cut)
     for modality, output in outputs.items():

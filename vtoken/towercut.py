@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vtoken.context import TowerContext
-from vtoken.encoder import STATISTICS, EncoderRead
+from vtoken.encoder import EncoderRead, statistic
 from vtoken.precision import without_autocast
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ class TowerCut:
 
     def note(self, query: Tensor, key: Tensor, scale: float) -> None:
         """Take the statistics from queries and keys of the block before the cut."""
-        with without_autocast(query.device):
-            self._found = {name: STATISTICS[what](query, key, scale, self.first) for name, what in self.reads.items()}
+        self._found = {name: statistic(what, query, key, scale, self.first) for name, what in self.reads.items()}
 
     def widen(self, values: Tensor, call: int) -> Tensor:
         """Statistics (V, n, ...) of the patches kept in a call of the tower to (V, patches, ...), zero elsewhere."""

@@ -11,12 +11,11 @@ import sys
 import pytest
 import tiny
 import torch
-from oracles import TOLERANCE
+from oracles import TOLERANCE, built
 from torch.overrides import TorchFunctionMode
 
 import vtoken
 from vtoken import ops
-from vtoken.reducers.base import KeepReducer
 
 FACTORIES = ("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
 DRAWS = ("rand", "randint", "randn", "randperm")
@@ -53,26 +52,29 @@ def unnamed():
 
 
 def answer(model, inputs, name):
-    """Logits of a wrapped model, and two words; skips where the reducer does not serve this family."""
-    reducer = vtoken.get_reducer(name)
-    reducer = vtoken.get_reducer(name, keep=0.5) if isinstance(reducer, KeepReducer) else reducer
+    """Logits of a wrapped model, and two words."""
+    with vtoken.reduce(model, built(name, 0.5)), torch.no_grad():
+        words = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        return model(**inputs).logits, words
+
+
+def usual_answer(model, inputs, name):
+    """The same without anything special; skips where the reducer does not serve this family."""
     try:
-        with vtoken.reduce(model, reducer), torch.no_grad():
-            words = model.generate(**inputs, max_new_tokens=2, do_sample=False)
-            return model(**inputs).logits, words
+        return answer(model, inputs, name)
     except (ValueError, NotImplementedError) as refused:
         pytest.skip(str(refused))
 
 
 @every_reducer
 def test_every_reducer_names_device_and_type(name, unnamed):
-    answer(*tiny.make("llava", (1, 2)), name)
+    usual_answer(*tiny.make("llava", (1, 2)), name)
 
 
 @pytest.mark.parametrize("name", ["random", "tower-prune", "fastv"])
 @pytest.mark.parametrize("family", sorted(tiny.BUILDERS))
 def test_every_family_names_device_and_type(family, name, unnamed):
-    answer(*tiny.make(family, (1, 2)), name)
+    usual_answer(*tiny.make(family, (1, 2)), name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -81,7 +83,7 @@ def test_every_family_names_device_and_type(family, name, unnamed):
 def test_another_default_type_changes_nothing(family, name, dtype):
     """Numbers of the default type would also come from a quotient of integers."""
     model, inputs = tiny.make(family, (1, 2))
-    expected, usual = answer(model, inputs, name), torch.get_default_dtype()
+    expected, usual = usual_answer(model, inputs, name), torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         found = answer(model, inputs, name)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from oracles import TOLERANCE, alone
+from oracles import TOLERANCE, alone, built
 
 import vtoken
 from vtoken.adapters import adapter_for
@@ -16,11 +16,6 @@ from vtoken.reducers.base import KeepReducer
 REDUCERS = vtoken.list_reducers()
 every_family = pytest.mark.parametrize("family", tiny.CORE)
 every_reducer = pytest.mark.parametrize("name", REDUCERS)
-
-
-def built(name, keep=0.25):
-    reducer = vtoken.get_reducer(name)
-    return vtoken.get_reducer(name, keep=keep) if isinstance(reducer, KeepReducer) else reducer
 
 
 def skip_refused(model, reducer):
@@ -90,6 +85,8 @@ def test_a_pass_that_keeps_gradients(family, name):
         found.loss.backward()
     torch.testing.assert_close(found.logits, expected, **TOLERANCE)
     assert bool(model.get_input_embeddings().weight.grad.any())
+    tower = [p for part, p in model.named_parameters() if "vision" in part or "visual" in part]
+    assert any(p.grad is not None and bool(p.grad.any()) for p in tower), "gradients reach the tower"
 
 
 @every_reducer

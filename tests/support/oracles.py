@@ -11,10 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import vtoken
-from vtoken.reducers.base import Reducer
+from vtoken.reducers.base import KeepReducer, Reducer
 
 GREEDY = {"do_sample": False, "suppress_tokens": [tiny.IMAGE_ID, tiny.VIDEO_ID]}
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-4}
+
+
+def built(name: str, keep: float = 0.25) -> Reducer:
+    """A registered reducer; those that have no keep ratio as they are."""
+    reducer = vtoken.get_reducer(name)
+    return vtoken.get_reducer(name, keep=keep) if isinstance(reducer, KeepReducer) else reducer
 
 
 def content_score(features: Tensor) -> Tensor:

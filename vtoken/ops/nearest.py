@@ -128,4 +128,4 @@ def pick(
 
 def only(start: Tensor, like: Tensor) -> Tensor:
     """(B, N) scores that put ``start`` (B,) first."""
-    return torch.zeros(like.shape, dtype=torch.float32, device=like.device).scatter_(1, start[:, None], 1.0)
+    return torch.zeros_like(like, dtype=torch.float32).scatter_(1, start[:, None], 1.0)

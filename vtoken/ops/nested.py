@@ -151,7 +151,7 @@ def _serve(pool: NestedPool, free: Tensor, most: int, parallel: int, rival: Riva
     """(1, M) places in the pool of the next picks; one step at least."""
     if parallel == 1:
         return _serve_singly(pool.row(), free, most, rival, tokens)
-    closed = torch.zeros(free.shape, dtype=torch.float32, device="cpu").masked_fill_(~free, float("-inf"))
+    closed = torch.zeros_like(free, dtype=torch.float32).masked_fill_(~free, float("-inf"))
     picks: list[Tensor] = []
     for step in range(0, min(most, free.shape[1]), parallel):
         scores = pool.scores() + closed

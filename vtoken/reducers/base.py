@@ -227,9 +227,8 @@ class LayerReducer(KeepReducer):
     def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
         layers = self.layers(ctx.depth)
         wanted = stage_budget(ctx, self.keep, layers.index(layer) + 1, len(layers))
-        return Cut(
-            with_newlines(ctx.cut(best_candidates(self.score(layer, ctx), wanted, ctx, self.name)).keep, ctx, wanted)
-        )
+        index = best_candidates(self.score(layer, ctx), wanted, ctx, self.name)
+        return Cut(with_newlines(ctx.cut(index).keep, ctx, wanted))
 
 
 def stage_budget(ctx: VisualContext, keep: Keep, stage: int, stages: int) -> Tensor:

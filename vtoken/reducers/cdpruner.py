@@ -55,7 +55,7 @@ class CDPruner(SelectReducer):
         """Slots (I, K) of each view's process."""
         views = Views.of(ctx)
         x = check_features(ctx.features, ctx.candidates, self.name).float()
-        weight = torch.ones(ctx.candidates.shape, dtype=x.dtype, device=x.device)
+        weight = torch.ones_like(ctx.candidates, dtype=x.dtype)
         if self.relevance == "text":
             text, valid = ctx.text_embeddings()
             owner = ctx.row.clamp(min=0)

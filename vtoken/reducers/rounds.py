@@ -36,7 +36,7 @@ def merge_down(
         ``source`` (B, N) names the final row of each token, ``weights`` its weight in the mean.
     """
     source = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1)
-    weights = torch.ones(valid.shape, dtype=torch.float32, device=valid.device) if sizes is None else sizes
+    weights = torch.ones_like(valid, dtype=torch.float32) if sizes is None else sizes
     count = valid.sum(1)
     step = -(-(count - target) // rounds)
     while bool((count > target).any()):
@@ -71,8 +71,7 @@ def merge_views(
         Tokens go into the slot of the first token of their group; those of a view that may keep none are dropped.
     """
     views = Views.of(ctx)
-    ones = torch.ones(ctx.view.shape, dtype=torch.float32, device=metric.device)
-    known = ones if ctx.sizes is None else ctx.sizes.float()
+    known = torch.ones_like(ctx.view, dtype=torch.float32) if ctx.sizes is None else ctx.sizes.float()
     sizes = views.take(known) if weighted else None
     quota = views.share(budget)
     found = merge_down(views.take(metric), views.valid & (quota > 0)[:, None], quota, rounds, sizes)

@@ -83,7 +83,7 @@ class ZOOPrune(SelectReducer):
         generator = torch.Generator().manual_seed(self.seed)
         directions = torch.randn(self.directions, x.shape[1], generator=generator, dtype=x.dtype, device="cpu")
         found = sensitivity(x, in_float32(ctx.projector), directions.to(x.device), self.step)
-        out = torch.zeros(ctx.candidates.shape, dtype=x.dtype, device=x.device)
+        out = torch.zeros_like(ctx.candidates, dtype=x.dtype)
         return out.masked_scatter(ctx.candidates, found)
 
     @staticmethod
