@@ -71,7 +71,7 @@ class RayExecutor(Executor):
         """See `Executor`."""
         from vtoken.eval.executors.ray_sweep import RaySweep
 
-        if all(store.result(cell.id) is not None for cell in cells):
+        if all(store.settle(cell.id) for cell in cells):
             return Outcome(skipped=list(cells))  # without a cluster
         with self._cluster() as total:
             gpus = self.gpus_per_worker

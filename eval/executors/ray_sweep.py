@@ -77,7 +77,7 @@ class RaySweep:
         EvalError
             If nothing can be run: workers are unfit, or the only model cannot be loaded.
         """
-        self.outcome.skipped += [cell for cell in cells if self.store.result(cell.id) is not None]
+        self.outcome.skipped += [cell for cell in cells if self.store.settle(cell.id)]
         self.left = [cell for cell in cells if cell not in self.outcome.skipped]
         self.lonely = len({cell.model for cell in cells}) == 1
         self.expected = surroundings(any(not (c.model.device or c.model.device_map) for c in cells))

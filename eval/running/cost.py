@@ -29,11 +29,10 @@ def measure_cells(
     failed: dict[Cell, str] = {}
     store = runner.store
     left = [cell for cell in cells if store.result(cell.id) is not None]
-    locks = {cell.id: store.lock(cell.id) for cell in left}
     while left := [cell for cell in left if store.profile(cell.id) is None and cell not in failed]:
         held_elsewhere = 0
         for cell in left:
-            with locks[cell.id].attempt() as held:
+            with store.lock(cell.id).attempt() as held:
                 if not held:
                     held_elsewhere += 1
                 elif store.profile(cell.id) is None:

@@ -43,7 +43,6 @@ class Runner:
         self._loaded: tuple[ModelSpec, Any] | None = None
         self._broken_models: dict[ModelSpec, Exception] = {}
         self._broken_tasks: dict[tuple[str, ...], Exception] = {}
-        self._locks: dict[str, CellLock] = {}
 
     def run(self, cells: Sequence[Cell]) -> Outcome:
         """Run what is not finished; a cell that raises does not stop the others, cells of other runners come last.
@@ -53,7 +52,7 @@ class Runner:
         EvalError
             If there is only one model and it cannot be loaded: then nothing can be run.
         """
-        outcome = Outcome(skipped=[cell for cell in cells if self.store.result(cell.id) is not None])
+        outcome = Outcome(skipped=[cell for cell in cells if self.store.settle(cell.id)])
         left = [cell for cell in cells if cell not in outcome.skipped]
         lonely = len({cell.model for cell in cells}) == 1
         before = {cell.id: self.store.failure(cell.id) for cell in cells}
@@ -80,9 +79,9 @@ class Runner:
 
     def attempt(self, cell: Cell) -> Attempt:
         """Try one cell, without waiting for other runners and without retries."""
-        lock = self._locks.setdefault(cell.id, self.store.lock(cell.id))
-        if self.store.result(cell.id) is not None:
+        if self.store.settle(cell.id):
             return Attempt(Status.SKIPPED)
+        lock = self.store.lock(cell.id)
         with lock.attempt() as held:
             if not held:
                 return Attempt(Status.BUSY)

@@ -8,7 +8,6 @@ holder's own machine its process is looked up, from elsewhere a lock that is not
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ class LockLostError(RuntimeError):
 
 
 class CellLock:
-    """The lock of one cell; keep the object while waiting, since it watches the holder's refreshes.
+    """The lock of one cell.
 
     Parameters
     ----------
@@ -35,15 +34,13 @@ class CellLock:
 
     def __init__(self, path: Path, lease: float = LEASE) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._lease = path, lease
+        self._path = path
         self._file = SoftFileLease(path, lease_duration=lease, heartbeat_interval=lease / HEARTBEATS)
-        self._empty_since: float | None = None
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[bool]:
         """Hold the lock if it is free or its holder is dead; says whether it does, never waits."""
-        self._drop_empty()
-        if not (self._acquire() or self._acquire()):  # the first may only have removed the lock of a dead holder
+        if not (self._acquire() or self._acquire()):  # the first may only have removed the file of a dead holder
             yield False
             return
         try:
@@ -57,6 +54,11 @@ class CellLock:
         except Timeout:
             return False
         return True
+
+    @property
+    def exists(self) -> bool:
+        """Whether it is held, or was by a runner that died."""
+        return self._path.exists()
 
     @property
     def holder(self) -> int | None:
@@ -73,16 +75,3 @@ class CellLock:
         """
         if self._file.compromise is not None or not self._file.is_lock_held_by_us:
             raise LockLostError(f"The lock {self._path} was taken by another runner.")
-
-    def _drop_empty(self) -> None:
-        """filelock never breaks an empty lock file, which a kill between creating and writing it leaves behind."""
-        try:
-            empty = self._path.stat().st_size == 0
-        except OSError:
-            empty = False
-        if not empty:
-            self._empty_since = None
-        elif self._empty_since is None:
-            self._empty_since = time.monotonic()
-        elif time.monotonic() - self._empty_since > self._lease:
-            self._file.force_break()

@@ -90,9 +90,25 @@ class Store:
         lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]
         write_atomic(self.path(cell, SAMPLES), "".join(lines))
         write_atomic(self.path(cell, RESULT), dump(result))
-        self.path(cell, FAILURE).unlink(missing_ok=True)
-        for path in [*self.answers(cell), *self.path(cell, "").glob(".*.part")]:
+        for path in self._leftovers(cell):
             path.unlink(missing_ok=True)
+
+    def settle(self, cell: str) -> bool:
+        """Whether a cell is finished; then what a runner that died right after that has left behind is removed."""
+        if self.result(cell) is None:
+            return False
+        lock = self.lock(cell)
+        if lock.exists or self._leftovers(cell):
+            with lock.attempt() as held:
+                for path in self._leftovers(cell) if held else ():  # a living runner removes its own
+                    path.unlink(missing_ok=True)
+        return True
+
+    def _leftovers(self, cell: str) -> list[Path]:
+        """What a finished cell no longer needs."""
+        failure = self.path(cell, FAILURE)
+        halves = self.path(cell, "").glob(".*.part")
+        return [*self.answers(cell), *halves, *([failure] if failure.exists() else [])]
 
     def save_failure(self, cell: str, failure: dict[str, Any]) -> None:
         """Record what a cell raised."""

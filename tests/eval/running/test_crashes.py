@@ -57,9 +57,22 @@ def test_killed_twenty_times(cells, undisturbed, apart, tmp_path):
     assert partial >= 10  # the kills did hit cells in their middle
     store = Store(tmp_path / "killed")
     assert contents(cells, store) == undisturbed
-    for cell in cells:  # nothing is left behind
-        assert sorted(path.name for path in store.path(cell.id, "").iterdir()) == ["result.json", "samples.jsonl"]
-        assert store.lock(cell.id).holder is None
+    for cell in cells:
+        assert_nothing_is_left(cell, store)
+
+
+def test_killed_before_every_change_of_a_file(cells, undisturbed, apart, tmp_path):
+    kills = apart(crashing.kill_at_every_change, cells[1], tmp_path / "killed")
+    assert kills >= 4  # samples, result, answers, lock
+    for moment in range(1, kills + 2):
+        store = Store(tmp_path / "killed" / str(moment))
+        assert contents(cells[1:2], store) == undisturbed[1:2]
+        assert_nothing_is_left(cells[1], store)
+
+
+def assert_nothing_is_left(cell, store):
+    assert sorted(path.name for path in store.path(cell.id, "").iterdir()) == ["result.json", "samples.jsonl"]
+    assert not list((store.root / "locks").iterdir())
 
 
 def test_two_runners_share_the_cells_and_a_dead_one_is_inherited(cells, undisturbed, apart, tmp_path):

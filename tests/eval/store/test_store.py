@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results are there completely or not at all."""
 
+import multiprocessing
 import os
 
 import pytest
 
 from vtoken.eval.errors import EvalError
-from vtoken.eval.store.results import ANSWERS, RESULT, SAMPLES, Store, write_atomic
+from vtoken.eval.store.results import ANSWERS, FAILURE, PROFILE, RESULT, SAMPLES, Store, write_atomic
 
 
 @pytest.fixture
@@ -34,6 +35,40 @@ def test_a_finished_cell_leaves_no_logs_and_no_half_written_files(store):
     assert [path.name for path in store.answers("c1")] == ["answers-1.jsonl", ANSWERS]
     store.save("c1", {}, [])
     assert sorted(path.name for path in store.path("c1", "").iterdir()) == [RESULT, SAMPLES]
+
+
+def die_with_the_lock(store, cell):
+    with store.lock(cell).attempt():
+        os._exit(0)
+
+
+def test_what_a_runner_left_that_died_right_after_the_result_is_removed(store):
+    store.save("c1", {"n": 1}, [])
+    store.save_profile("c1", {})
+    dead = multiprocessing.get_context("fork").Process(target=die_with_the_lock, args=(store, "c1"))
+    dead.start()
+    dead.join()
+    for name in (ANSWERS, FAILURE, ".profile.json.x1.part"):
+        store.path("c1", name).write_text("x")
+    assert store.lock("c1").holder == dead.pid
+    assert store.settle("c1")
+    assert sorted(path.name for path in store.path("c1", "").iterdir()) == [PROFILE, RESULT, SAMPLES]
+    assert not store.lock("c1").exists
+
+
+def test_a_living_runner_removes_its_own_files(store):
+    with store.lock("c1").attempt():
+        store.save("c1", {"n": 1}, [])
+        store.path("c1", ANSWERS).write_text("x")
+        assert store.settle("c1")
+        assert store.path("c1", ANSWERS).exists()
+        assert store.lock("c1").exists
+
+
+def test_a_cell_without_a_result_keeps_its_answers(store):
+    write_atomic(store.path("c1", ANSWERS), "x")
+    assert not store.settle("c1")
+    assert store.path("c1", ANSWERS).exists()
 
 
 def test_samples_without_a_result_are_not_a_finished_cell(store):

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from vtoken.eval.running.listener import Listener
 from vtoken.eval.running.runner import Runner
@@ -53,6 +57,8 @@ def fork(work: Callable[[], None]) -> int:
 def prepared(cells, root: Path) -> Runner:
     """A runner that has its model loaded and has generated once, so that a child begins at once."""
     torch.set_num_threads(1)  # threads would not survive a fork
+    tqdm.monitor_interval = 0  # nor would the lock that such a thread holds be freed
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared with children: one that is killed there stops all others
     runner = Runner(Store(root))
     runner.model(cells[0])
     runner.task(cells[0])
@@ -91,6 +97,42 @@ def kill_often(cells, root: Path, kills: int, seed: int) -> tuple[int, int, int]
             completed += 1
             for cell in cells:
                 runner.store.discard(cell.id)
+
+
+def kill_at_every_change(cell, root: Path) -> int:
+    """Kill a child before the first rename or removal of a file, another before its second, until one survives.
+
+    Each has a store of its own under ``root``, ``"1"``, ``"2"``, ..., in which a second child runs the same cell.
+
+    Returns
+    -------
+    int
+        Kills.
+    """
+    runner = prepared([cell], root)
+    for moment in itertools.count(1):
+        runner.store = Store(root / str(moment))
+
+        def doomed(moment=moment):
+            dies_at(moment)
+            runner.run([cell])
+
+        _, status = os.waitpid(fork(doomed), 0)
+        if not os.WIFSIGNALED(status):
+            return moment - 1
+        _, status = os.waitpid(fork(lambda: runner.run([cell]) and None), 0)
+        assert os.WEXITSTATUS(status) == 0
+
+
+def dies_at(moment: int) -> None:
+    """Let this process be killed before its ``moment``-th rename or removal of a file; there is no way back."""
+    changes = itertools.count(1)
+
+    def watch(event, arguments):
+        if event in {"os.rename", "os.remove"} and next(changes) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
 
 
 def compete(cells, root: Path) -> list[list[str]]:
