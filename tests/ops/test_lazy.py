@@ -157,11 +157,27 @@ def test_short_rows_with_all_similarities_at_hand_give_the_same(name, monkeypatc
     batch = Batch(3, tokens=90, width=20)
     batch.k = torch.tensor([30, 11, 25]) if name != "dpp" else torch.tensor([9, 5, 8])
     select, expected = SELECTIONS[name]
-    computed, facing = [], Cosines.facing
     monkeypatch.setattr(Cosines, "units", lambda *_: pytest.fail("needs products of its own"))
-    monkeypatch.setattr(Cosines, "facing", lambda self, other: computed.append(self is other) or facing(self, other))
     agree(select(batch), batch, expected)
-    assert computed == [True] * 3  # once a row, of all tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 6, 11])
+def test_a_table_holds_the_cosines_of_all_pairs(tokens):
+    x = torch.randn(1, tokens, 7, generator=torch.Generator().manual_seed(0))
+    x[0, tokens // 2] = 0
+    found = Cosines(x, torch.ones(1, tokens, dtype=torch.bool)).whole().table
+    torch.testing.assert_close(found[0], naive.cosines(x[0]).float())
+
+
+@pytest.mark.parametrize(("width", "table"), [(300, True), (200, False)])
+def test_where_drafts_do_not_hold_all_cosines_are_computed_if_they_are_fewer_than_features(width, table, monkeypatch):
+    monkeypatch.setattr(cosines, "WHOLE", 0)
+    made, whole = [], Cosines.whole
+    monkeypatch.setattr(Cosines, "whole", lambda *args, **most: made.append(whole(*args, **most)) or made[-1])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(250, 4, generator=generator) @ torch.randn(4, width, generator=generator)
+    assert ops.max_sum(x[None], 60)[0].tolist() == naive.max_sum(x, 60)
+    assert any(found.table is not None for found in made) == table
 
 
 def test_tokens_that_are_all_alike_are_not_compared_in_one_matrix(monkeypatch):

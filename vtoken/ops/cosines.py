@@ -13,7 +13,8 @@ from vtoken.sequence import gather
 
 CHUNK = 512  # rows of similarities held at a time
 FEW = 6  # columns that are computed as rows: the other way round is as slow for one as for sixteen
-WHOLE = 1024  # tokens up to which one product of all is faster than several of some
+WHOLE = 1024  # tokens up to which products of all are faster than several of some
+BANDS = 5  # of a table, each as far as its diagonal: more are smaller products, fewer compute more pairs twice
 
 
 class Cosines:
@@ -57,12 +58,20 @@ class Cosines:
         )
         return found
 
-    def whole(self) -> Cosines:
-        """Those of one row of at most `WHOLE` tokens, all of them computed; of more tokens as they are."""
-        if self.table is not None or self.shape[1] > WHOLE:
+    def whole(self, most: int | None = None) -> Cosines:
+        """Those of one row of at most ``most`` (`WHOLE`) tokens, all of them computed; of more tokens as they are."""
+        tokens = self.shape[1]
+        if self.table is not None or tokens > (WHOLE if most is None else most):
             return self
         found = copy.copy(self)
-        found.table = self.facing(self)[None]
+        found.table = self.values.new_empty(1, tokens, tokens)
+        size = -(-tokens // BANDS)
+        for first in range(0, tokens, size):
+            band, before = slice(first, first + size), slice(first + size)
+            near = found.table[0, band, before]
+            torch.mul(self.values[0, band] @ self.values[0, before].T, self.inverse[0, before], out=near)
+            near.mul_(self.inverse[0, band, None])
+            found.table[0, :first, band] = near[:, :first].T
         return found
 
     def units(self, index: Tensor) -> Tensor:

@@ -24,8 +24,10 @@ from vtoken.precision import selection
 POOL = 112  # tokens among which picks are drafted
 AHEAD = 3  # pools are chosen among so many times their number of tokens with the smallest sums
 ALIKE = 4  # tokens of a pool nearest to the same pick: after one of them is picked, the others are far behind
-LEAST = 2  # picks that a draft should serve; where it does not, as in features of low rank, `ALONE` picks follow singly
-ALONE = 16
+LEAST = (
+    2  # picks that a draft should serve; if it does not, as in features of low rank, all cosines are computed, unless
+)
+ALONE = 16  # they would need more memory than the features: then so many picks follow singly
 DRAFT = 16  # columns computed at a time: twice as many cost twice as much, and half as many no less
 
 
@@ -59,8 +61,8 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
             if len(ahead) > int(k) + DRAFT:
                 ahead.clear()
             if len(picks) - drafted < LEAST:
-                resumed = len(picks) + ALONE
-            if len(picks) < resumed:
+                resumed, cosines = len(picks) + ALONE, cosines.whole(most=cosines.values.shape[-1])
+            if len(picks) < resumed or cosines.table is not None:
                 draft = [best]
             else:
                 draft, drafted = pool.draft(best, total, group, ahead), len(picks)
