@@ -13,7 +13,6 @@ from vtoken.sequence import gather
 
 CHUNK = 512  # rows of similarities held at a time
 FEW = 6  # columns that are computed as rows: the other way round is as slow for one as for sixteen
-WHOLE = 1024  # tokens up to which products of all are faster than several of some
 BANDS = 5  # of a table, each as far as its diagonal: more are smaller products, fewer compute more pairs twice
 
 
@@ -58,10 +57,10 @@ class Cosines:
         )
         return found
 
-    def whole(self, most: int | None = None) -> Cosines:
-        """Those of one row of at most ``most`` (`WHOLE`) tokens, all of them computed; of more tokens as they are."""
+    def whole(self, most: int) -> Cosines:
+        """Those of one row of at most ``most`` tokens, all of them computed; of more tokens as they are."""
         tokens = self.shape[1]
-        if self.table is not None or tokens > (WHOLE if most is None else most):
+        if self.table is not None or tokens > most:
             return self
         found = copy.copy(self)
         found.table = self.values.new_empty(1, tokens, tokens)

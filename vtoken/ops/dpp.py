@@ -55,7 +55,7 @@ def _pick(cosines: Cosines, k: Tensor, valid: Tensor, relevance: Tensor) -> Tens
     spent = own - own.amax(1, keepdim=True) - 1.0
     bounds = _Variances(cosines, relevance, own.new_zeros(len(own), 0, own.shape[1]), own.clone(), own, spent)
     if on_host(k.device):
-        return nested_greedy(bounds, valid.clone(), int(k), width=0 if cosines.table is None else valid.shape[1])
+        return nested_greedy(bounds, valid.clone(), int(k))
     return lazy_greedy(bounds, k, valid.clone(), k.new_full((len(k), int(k.max())), -1))
 
 

@@ -11,6 +11,8 @@ from vtoken.ops.cosines import Cosines
 from vtoken.ops.nearest import only, pick
 from vtoken.precision import selection
 
+SHORT = 640  # tokens up to which all cosines are computed at once; not where weights decide, too: pools live long there
+
 
 def start_of(start: Tensor | None, valid: Tensor) -> Tensor:
     """(B,) long: ``start``, or the first valid token of each row."""
@@ -51,7 +53,7 @@ def k_center(features: Tensor, k: int | Tensor, start: Tensor | None = None, val
     """
     valid = mask_of(features, valid)
     first = only(start_of(start, valid), valid)
-    return pick(Cosines(features, valid), counts(k, valid), valid, first)
+    return pick(Cosines(features, valid), counts(k, valid), valid, first, short=SHORT)
 
 
 @selection

@@ -16,6 +16,7 @@ from vtoken.precision import selection
 BLOCK = 384  # tokens that meet as many others at a time
 PART = 512  # tokens of all that the last in the race meet at a time
 FINAL = 32  # of them, whose nearest neighbours are found at once
+SHORT = 1280  # tokens up to which all cosines are computed at once
 ROUNDING = 1e-5  # by which cosines from products of other shapes may differ
 
 
@@ -29,7 +30,7 @@ def max_min(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> T
     valid = mask_of(features, valid)
     cosines = Cosines(features, valid)
     if on_host(valid.device):
-        return row_by_row(_from_most_isolated, cosines, counts(k, valid), valid)
+        return row_by_row(_from_most_isolated, cosines, counts(k, valid), valid, short=SHORT)
     return pick(cosines, counts(k, valid), valid, -nearest_similarity(cosines, valid))
 
 

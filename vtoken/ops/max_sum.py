@@ -24,10 +24,9 @@ from vtoken.precision import selection
 POOL = 112  # tokens among which picks are drafted
 AHEAD = 3  # pools are chosen among so many times their number of tokens with the smallest sums
 ALIKE = 4  # tokens of a pool nearest to the same pick: after one of them is picked, the others are far behind
-LEAST = (
-    2  # picks that a draft should serve; if it does not, as in features of low rank, all cosines are computed, unless
-)
-ALONE = 16  # they would need more memory than the features: then so many picks follow singly
+LEAST = 2  # picks that a draft should serve; if it does not, as in features of low rank, all cosines are computed
+ALONE = 16  # if that would need more memory than the features, so many picks follow singly instead
+SHORT = 1536  # tokens up to which all cosines are computed at once
 DRAFT = 16  # columns computed at a time: twice as many cost twice as much, and half as many no less
 
 
@@ -42,7 +41,7 @@ def max_sum(features: Tensor, k: int | Tensor, start: Tensor | None = None, vali
     count, cosines = counts(k, valid), Cosines(features, valid)
     if not on_host(valid.device):  # a look at every draft would be a host sync
         return pick(cosines, count, valid, first, add=True)
-    return row_by_row(_drafted, cosines, count, valid, first)
+    return row_by_row(_drafted, cosines, count, valid, first, short=SHORT)
 
 
 def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tensor:
@@ -61,7 +60,7 @@ def _drafted(cosines: Cosines, k: Tensor, valid: Tensor, first: Tensor) -> Tenso
             if len(ahead) > int(k) + DRAFT:
                 ahead.clear()
             if len(picks) - drafted < LEAST:
-                resumed, cosines = len(picks) + ALONE, cosines.whole(most=cosines.values.shape[-1])
+                resumed, cosines = len(picks) + ALONE, cosines.whole(cosines.values.shape[-1])
             if len(picks) < resumed or cosines.table is not None:
                 draft = [best]
             else:

@@ -98,10 +98,12 @@ def pick(
     slope: Tensor | None = None,
     parallel: int = 1,
     add: bool = False,
+    short: int = 0,
 ) -> Tensor:
     """Picks (B, max k): the best by ``first`` (B, N), then by ``offset - slope * state`` (default: ``-state``).
 
     ``add`` takes all similarities into memory: sums rise and fall, so nothing outside of a pool would be bounded.
+    So does, on the host, a row of at most ``short`` tokens.
     """
     offset = torch.zeros_like(first) if offset is None else offset
     slope = torch.ones_like(first) if slope is None else slope
@@ -123,7 +125,7 @@ def pick(
         picked[:, begin:] = nested_greedy(bounds, free, picked.shape[1] - begin, parallel, width)
         return picked
 
-    return row_by_row(select, cosines, k, valid, first, offset, slope)
+    return row_by_row(select, cosines, k, valid, first, offset, slope, short=short)
 
 
 def only(start: Tensor, like: Tensor) -> Tensor:

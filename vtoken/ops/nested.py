@@ -65,21 +65,24 @@ class Rival(NamedTuple):
 NOBODY = Rival(float("-inf"), -1)
 
 
-def row_by_row(pick: Callable[..., Tensor], cosines: Any, k: Tensor, valid: Tensor, *values: Tensor) -> Tensor:
+def row_by_row(
+    pick: Callable[..., Tensor], cosines: Any, k: Tensor, valid: Tensor, *values: Tensor, short: int = 0
+) -> Tensor:
     """Picks (B, max k) of ``pick(cosines, k, valid, *values)``, on the host of each row without its invalid tokens.
 
-    The products of padded rows would cost as much as those of tokens. Short rows get a table of all similarities.
+    The products of padded rows would cost as much as those of tokens. Rows of at most ``short`` tokens get a table of
+    all similarities.
     """
     if not on_host(valid.device):
         return pick(cosines, k, valid, *values)
     if len(k) == 1 and bool(valid.all()):
-        return pick(cosines.whole(), k, valid, *values)
+        return pick(cosines.whole(short), k, valid, *values)
     picked = k.new_full((len(k), int(k.max())), -1)
     for row, mask in enumerate(valid):
         if k[row]:
             tokens = mask.nonzero()[:, 0]
             parts = [x[row : row + 1, tokens] for x in (valid, *values)]
-            found = pick(cosines.part(row, tokens).whole(), k[row : row + 1], *parts)[0]
+            found = pick(cosines.part(row, tokens).whole(short), k[row : row + 1], *parts)[0]
             picked[row, : len(found)] = tokens[found]
     return picked
 
