@@ -40,7 +40,7 @@ class Cosines:
             norm = torch.linalg.vector_norm(self.values, dim=-1)
         self.inverse = norm.clamp(min=EPS).reciprocal().masked_fill(~valid, 0.0)
         self.nonzero = (norm > 0) & valid
-        self.table: Tensor | None = None  # (1, N, N)
+        self.table: Tensor | None = None  # (B, N, N)
 
     @property
     def shape(self) -> torch.Size:
@@ -58,19 +58,19 @@ class Cosines:
         return found
 
     def whole(self, most: int) -> Cosines:
-        """Those of one row of at most ``most`` tokens, all of them computed; of more tokens as they are."""
+        """Those of rows of at most ``most`` tokens, all of them computed; of more tokens as they are."""
         tokens = self.shape[1]
         if self.table is not None or tokens > most:
             return self
         found = copy.copy(self)
-        found.table = self.values.new_empty(1, tokens, tokens)
+        found.table = self.values.new_empty(len(self.values), tokens, tokens)
         size = -(-tokens // BANDS)
         for first in range(0, tokens, size):
             band, before = slice(first, first + size), slice(first + size)
-            near = found.table[0, band, before]
-            torch.mul(self.values[0, band] @ self.values[0, before].T, self.inverse[0, before], out=near)
-            near.mul_(self.inverse[0, band, None])
-            found.table[0, :first, band] = near[:, :first].T
+            near = found.table[:, band, before]
+            torch.mul(self.values[:, band] @ self.values[:, before].mT, self.inverse[:, None, before], out=near)
+            near.mul_(self.inverse[:, band, None])
+            found.table[:, :first, band] = near[..., :first].mT
         return found
 
     def units(self, index: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Cosines:
     def columns(self, index: Tensor) -> Tensor:
         """(B, P, N) cosines of the tokens ``index`` (B, P) and all tokens."""
         if self.table is not None:
-            return self.table[:, index[0]]
+            return gather(self.table, index)
         if index.shape[1] <= FEW:
             return (self.units(index) @ self.values.mT).mul_(self.inverse[:, None])
         return (self.values @ self.units(index).mT).mul_(self.inverse[..., None]).mT  # this way round is fast when thin
@@ -92,7 +92,7 @@ class Cosines:
     def among(self, index: Tensor) -> Tensor:
         """(B, P, P) cosines of the tokens ``index`` (B, P)."""
         if self.table is not None:
-            return self.table[:, index[0]][:, :, index[0]]
+            return gather(gather(self.table, index), index, dim=2)
         units = self.units(index)
         return units @ units.mT
 

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from vtoken.ops.common import counts, finite, mask_of, unit_vectors
+from vtoken.ops.common import counts, finite, mask_of
+from vtoken.ops.cosines import Cosines
+from vtoken.ops.lazy import on_host
+from vtoken.ops.nested import row_by_row
 from vtoken.precision import selection
-from vtoken.sequence import gather
 
 BLOCK = 16  # candidates evaluated at a time
 CHUNK = 512  # the same before the first pick, when all are
@@ -62,25 +66,31 @@ def coverage(
     importance = finite(importance, valid, "importance scores")
     if bool((importance < 0).any()):
         raise ValueError(f"importance holds {importance.min().item():.3g}: coverage takes values of at least 0.")
-    unit, weight = unit_vectors(features, valid), importance**alpha
-    search = _LazyGains(unit, valid, weight, combine == "add")
-    picked = count.new_full((len(unit), int(count.max())), -1)
+    cosines = Cosines(features, valid)
+    if not on_host(valid.device):
+        cosines = cosines.whole(DENSE)
+    pick = functools.partial(_pick, add=combine == "add")
+    return row_by_row(pick, cosines, count, valid, importance**alpha, short=DENSE)
+
+
+def _pick(cosines: Cosines, k: Tensor, valid: Tensor, weight: Tensor, add: bool) -> Tensor:
+    search = _LazyGains(cosines, valid, weight, add)
+    picked = k.new_full((len(k), int(k.max())), -1)
     for step in range(picked.shape[1]):
         best = search.next()
-        picked[:, step] = torch.where(step < count, best[:, 0], -1)
+        picked[:, step] = torch.where(step < k, best[:, 0], -1)
     return picked
 
 
 class _LazyGains:
     """Bounds on the gains of all candidates, sharpened for the best ones until the best of all is exact."""
 
-    def __init__(self, unit: Tensor, valid: Tensor, weight: Tensor, add: bool) -> None:
-        self.unit, self.weight, self.add = unit, weight, add
+    def __init__(self, cosines: Cosines, valid: Tensor, weight: Tensor, add: bool) -> None:
+        self.cosines, self.weight, self.add = cosines, weight, add
         self.free = valid.clone()
-        self.cover = unit.new_zeros(unit.shape[:2])
-        self.table = unit @ unit.mT if unit.shape[1] <= DENSE else None
-        tokens = torch.arange(unit.shape[1], device=unit.device)
-        self.bound = torch.cat([self._gains(part.expand(len(unit), -1)) for part in tokens.split(CHUNK)], 1)
+        self.cover = torch.zeros_like(cosines.inverse)
+        tokens = torch.arange(valid.shape[1], device=valid.device)
+        self.bound = torch.cat([self._gains(part.expand(len(valid), -1)) for part in tokens.split(CHUNK)], 1)
         self.exact = torch.ones_like(self.free)
 
     def next(self) -> Tensor:
@@ -96,15 +106,9 @@ class _LazyGains:
             self.bound.scatter_(1, index, self._gains(index))
             self.exact.scatter_(1, index, True)
         self.free.scatter_(1, best, False)
-        self.cover = torch.maximum(self.cover, self._similarity(best)[:, 0])
+        self.cover = torch.maximum(self.cover, self.cosines.columns(best)[:, 0])
         self.exact.fill_(False)
         return best
 
     def _gains(self, index: Tensor) -> Tensor:
-        return (self._similarity(index) - self.cover[:, None]).clamp(min=0).sum(2)
-
-    def _similarity(self, index: Tensor) -> Tensor:
-        """Cosines (B, P, N) of the tokens ``index`` (B, P) and all tokens."""
-        if self.table is not None:
-            return gather(self.table, index)
-        return gather(self.unit, index) @ self.unit.mT
+        return (self.cosines.columns(index) - self.cover[:, None]).clamp(min=0).sum(2)
