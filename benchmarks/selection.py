@@ -11,7 +11,8 @@ its own.
 Two selections have less to save than the others on such features:
 
 * `max_sum`: a sum of cosines rises and falls, so that no old score bounds a new one and each pick has to be compared
-  with all tokens. Drafts of 16 picks hold for about a dozen; on features of low rank hardly for one.
+  with all tokens. Drafts of 16 picks hold for about a dozen; on features of low rank hardly for one, and all cosines
+  are computed.
 * `max_min` on Gaussian features: all tokens are almost equally isolated, so that few leave the race for the first pick
   early.
 
