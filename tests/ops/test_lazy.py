@@ -51,7 +51,7 @@ def test_ties_beyond_a_pool_go_to_the_lowest_token(name, monkeypatch):
         assert row[:k].tolist() == valid.nonzero()[:k, 0].tolist()
 
 
-@pytest.mark.parametrize("name", GREEDY)
+@pytest.mark.parametrize("name", [*GREEDY, "coverage", "coverage add"])
 def test_without_host_syncs_the_picks_are_the_same(name, monkeypatch):
     """The loop of accelerators, which looks at its values once per pool."""
     batch = Batch(7, tokens=90, width=20)
@@ -59,7 +59,7 @@ def test_without_host_syncs_the_picks_are_the_same(name, monkeypatch):
     select, _ = SELECTIONS[name]
     expected = select(batch)
     monkeypatch.setattr(lazy, "POOL_ON_DEVICE", 8)
-    for module in ("lazy", "nested", "nearest", "max_min", "max_sum", "dpp"):
+    for module in ("lazy", "nested", "nearest", "max_min", "max_sum", "dpp", "coverage"):
         monkeypatch.setattr(sys.modules[f"vtoken.ops.{module}"], "on_host", lambda device: False)
     assert torch.equal(select(batch), expected)
 
