@@ -127,6 +127,8 @@ class Prefill:
             kwargs = {**kwargs, "inputs_embeds": self.ctx.hidden}
         nothing = cut is None or bool((keep == self.real).all())
         mask = kwargs.get("attention_mask")
+        if not nothing:
+            self._check_window(0)
         if self.hide:
             self._hide_from_context(keep)
             if not nothing:
@@ -201,15 +203,23 @@ class Prefill:
         prepared = isinstance(mask, dict) or (mask is not None and mask.dim() == 4)
         if prepared or "sliding_attention" not in layers or self.past + self.length <= window:
             return mask
-        if "flash" in (self.adapter.language_model.config._attn_implementation or ""):
-            raise NotImplementedError(
-                f"Under flash attention the sliding window of {window} tokens would be counted over kept tokens only: "
-                "use attn_implementation='sdpa' for prompts that are longer than the window."
-            )
         columns = torch.cat([self.past_columns(0), self.real], 1)
         masks = {kind: build_mask(self.adapter, i, embeds, columns, self.cache) for kind, i in layers.items()}
         typed = getattr(self.adapter.language_model.config, "layer_types", None)
         return masks if typed else masks["sliding_attention"]
+
+    def _check_window(self, layer: int) -> None:
+        """Flash attention gets no mask: it counts a window over the tokens that are there."""
+        config = self.adapter.language_model.config
+        if "flash" not in (config._attn_implementation or ""):
+            return
+        window = getattr(config, "sliding_window", None) or 0
+        kinds = {layer_type(self.adapter, i) for i in range(layer, len(self.adapter.layers))}
+        if "sliding_attention" in kinds and self.past + self.length > window:
+            raise NotImplementedError(
+                f"Under flash attention the sliding window of {window} tokens would be counted over kept tokens only: "
+                "use attn_implementation='sdpa' for prompts that are longer than the window."
+            )
 
     # ------------------------------------------------------------------ at a decoder layer
     def cut_layer(self, layer: int, hidden: Tensor, cut: Cut | None) -> Tensor:
@@ -219,10 +229,13 @@ class Prefill:
             return hidden
         keep = self._apply(cut) & group.valid
         hidden = self.ctx.hidden
+        changed = not torch.equal(keep, group.valid)
+        if changed:
+            self._check_window(layer)
         if self.hide:
             self._hide_from_context(keep)
             group = Group(layer, group.index, group.relative, keep)
-        elif not torch.equal(keep, group.valid):
+        elif changed:
             index, valid = compact(keep)
             hidden = gather(hidden, index)
             self._narrow(index, valid, hidden)

@@ -288,12 +288,17 @@ def test_flash_attention_2_in_a_second_turn(family, plan, monkeypatch):
     same(*answers)
 
 
-@pytest.mark.parametrize("family", ["cohere2_vision"])
-def test_flash_attention_beyond_a_sliding_window_is_refused(family, monkeypatch, record_property):
+@plans
+@pytest.mark.parametrize("backend", ["drop", "mask"])
+@pytest.mark.parametrize("family", tiny.SLIDING)
+def test_flash_attention_beyond_a_sliding_window_is_refused(family, backend, plan, monkeypatch, record_property):
     record_property("refused", "FA2 (emulated)")
     model, inputs = tiny.make(family, (1,))
     flash.install(monkeypatch, model)
-    with vtoken.reduce(model, PLANS["before"]), pytest.raises(NotImplementedError, match="sliding window of 14"):
+    with (
+        vtoken.reduce(model, PLANS[plan], backend=backend),
+        pytest.raises(NotImplementedError, match="sliding window of 14"),
+    ):
         generate(model, inputs, 2)
 
 
