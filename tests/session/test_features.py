@@ -14,6 +14,7 @@ from transformers import CompileConfig, DynamicCache
 
 import vtoken
 
+every_family = pytest.mark.parametrize("family", sorted(tiny.BUILDERS))
 every_core = pytest.mark.parametrize("family", tiny.CORE)
 STEPS = {"output_logits": True, "return_dict_in_generate": True}
 plans = pytest.mark.parametrize("plan", ["before", "inside", "both"])
@@ -91,7 +92,7 @@ def test_several_pictures_in_a_row_of_onevision():
 
 
 @plans
-@every_core
+@pytest.mark.parametrize("family", sorted({*tiny.BUILDERS} - {*tiny.HYBRID, *tiny.SLIDING}))
 def test_prompt_lookup_assisted(family, plan):
     model, inputs = tiny.make(family, (2,))
     inputs["input_ids"][0, -4:-2] = inputs["input_ids"][0, -2:]  # so that there are candidates
@@ -115,9 +116,9 @@ def test_static_cache_with_a_compiled_decode_step(family, positions):
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("family", ["llava"])
+@every_core
 def test_torch_compile_of_the_model(family):
-    model, inputs = tiny.make(family, (1, 2), num_hidden_layers=3)
+    model, inputs = tiny.make(family, (1, 2))
     with vtoken.reduce(model, PLANS["both"]), torch.no_grad():
         wanted = model(**inputs).logits
         torch._dynamo.reset()
@@ -146,13 +147,13 @@ def test_inputs_embeds(plan):
 
 
 @plans
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
+@every_family
 def test_right_padding_in_a_forward_pass(family, plan):
     """As in training: the states of kept tokens are those of the left-padded batch."""
     model, inputs = tiny.make(family, (1, 2))
     real = inputs["attention_mask"].bool()
     right = dict(inputs)
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
         if name in inputs:
             rows = [torch.cat([row[at], row[~at]]) for row, at in zip(inputs[name], real, strict=True)]
             right[name] = torch.stack(rows)
@@ -163,8 +164,39 @@ def test_right_padding_in_a_forward_pass(family, plan):
         torch.testing.assert_close(right_logits[row, :count], left_logits[row, -count:], **TOLERANCE)
 
 
+BLIND = vtoken.Chain([vtoken.Random(keep=0.5), vtoken.VTW()])
+"""Drops before and inside the decoder, whatever the values are."""
+
+
+def assert_near(found, expected):
+    """As near as half precision comes."""
+    assert found.isfinite().all()
+    assert (found.float() - expected).norm() < 0.1 * expected.norm()
+
+
+@every_family
+def test_bfloat16(family):
+    model, inputs = tiny.make(family, (1, 2))
+    with vtoken.reduce(model, BLIND), torch.no_grad():
+        expected = model(**inputs).logits
+        model.to(torch.bfloat16)
+        inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+        assert_near(model(**inputs).logits, expected)
+        assert generate(model, inputs, 2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+@every_family
+def test_autocast(family):
+    model, inputs = tiny.make(family, (1, 2))
+    with vtoken.reduce(model, BLIND), torch.no_grad():
+        expected = model(**inputs).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_near(model(**inputs).logits, expected)
+            assert generate(model, inputs, 2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
 @plans
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@every_family
 def test_gradient_checkpointing(family, plan):
     model, inputs = tiny.make(family, (1, 2))
     model.train()
@@ -189,9 +221,12 @@ def test_gradient_checkpointing(family, plan):
 
 @pytest.mark.parametrize("name", ["fopru", "fastv", "tome", "pyramiddrop"])
 @pytest.mark.parametrize("first", ["wrap", "offload"])
-@pytest.mark.parametrize("family", ["llava"])
+@pytest.mark.parametrize("family", ["llava", "vipllava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_accelerate_offload_hooks(family, name, first):
-    """Weights on the meta device, loaded for each call by accelerate's hooks, which replace ``module.forward``."""
+    """Weights on the meta device, loaded for each call by accelerate's hooks, which replace ``module.forward``.
+
+    Families are missing whose stock models fail with such hooks: they keep weights outside of submodules.
+    """
     accelerate = pytest.importorskip("accelerate")
     model, inputs = tiny.make(family, (1, 2))
     with vtoken.reduce(model, name, keep=0.4):
@@ -208,11 +243,11 @@ def test_accelerate_offload_hooks(family, name, first):
 
 @plans
 @pytest.mark.parametrize("first", ["wrap", "peft"])
-@pytest.mark.parametrize("family", ["llava"])
+@every_family
 def test_peft(family, plan, first):
     peft = pytest.importorskip("peft")
     model, inputs = tiny.make(family, (1, 2))
-    config = peft.LoraConfig(target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=False)
+    config = peft.LoraConfig(target_modules=r".*(language_model|text_model).*(q_proj|v_proj)", init_lora_weights=False)
     answers = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -226,7 +261,7 @@ def test_peft(family, plan, first):
     assert torch.equal(*answers)
 
 
-@every_core
+@every_family
 def test_saving_a_wrapped_model_saves_the_stock_one(family, tmp_path):
     model, inputs = tiny.make(family, (1, 2))
     expected = generate(model, inputs)
@@ -241,7 +276,7 @@ def test_saving_a_wrapped_model_saves_the_stock_one(family, tmp_path):
 
 
 @plans
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@every_family
 def test_deepcopy_of_a_wrapped_model(family, plan):
     """The copy is wrapped and independent."""
     model, inputs = tiny.make(family, (1, 2))
@@ -259,7 +294,7 @@ def test_deepcopy_of_a_wrapped_model(family, plan):
 
 @plans
 @pytest.mark.parametrize("batch", [(2,), (1, 2)], ids=str)
-@pytest.mark.parametrize("family", [*tiny.CORE, "qwen2_vl", "mistral3"])
+@pytest.mark.parametrize("family", sorted({*tiny.BUILDERS} - {*tiny.SLIDING}))
 def test_flash_attention_2(family, batch, plan, monkeypatch):
     model, inputs = tiny.make(family, batch)
     with vtoken.reduce(model, PLANS[plan]):

@@ -24,6 +24,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "compact positions": ("test_compact_positions_renumber",),
     "labels": ("test_labels_give_the_loss_of_the_shortened_sequence",),
     "right padding": ("test_right_padding_in_a_forward_pass",),
+    "gradients": ("test_a_pass_that_keeps_gradients",),
     "checkpointing": ("test_gradient_checkpointing",),
     "decoder attention": ("test_decoder_rows_equal_eager",),
     "encoder attention": (
@@ -40,10 +41,12 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "test_flash_attention_2_in_a_second_turn",
         "test_flash_attention_beyond_a_sliding_window_is_refused",
     ),
-    "bf16": ("test_bfloat16_runs",),
+    "bf16": ("test_bfloat16", "test_bfloat16_runs"),
+    "autocast": ("test_autocast", "test_every_reducer_keeps_its_budget"),
     "compile": ("test_torch_compile_of_the_model", "test_static_cache_with_a_compiled_decode_step"),
     "PEFT": ("test_peft",),
     "offload": ("test_accelerate_offload_hooks",),
+    "saved": ("test_saving_a_wrapped_model_saves_the_stock_one",),
     "deepcopy": ("test_deepcopy_of_a_wrapped_model",),
 }
 FEATURE_OF = {test: feature for feature, tests in FEATURES.items() for test in tests}
