@@ -198,24 +198,26 @@ class Prefill:
 
     def _windowed_masks(self, mask: Any, embeds: Tensor) -> Any:
         """Sliding windows are counted in the original sequence: prepare such masks before rows are dropped."""
-        layers = {layer_type(self.adapter, i): i for i in reversed(range(len(self.adapter.layers)))}
-        window = getattr(self.adapter.language_model.config, "sliding_window", None) or 0
         prepared = isinstance(mask, dict) or (mask is not None and mask.dim() == 4)
-        if prepared or "sliding_attention" not in layers or self.past + self.length <= window:
+        if prepared or self._exceeded_window(0) is None:
             return mask
+        layers = {layer_type(self.adapter, i): i for i in reversed(range(len(self.adapter.layers)))}
         columns = torch.cat([self.past_columns(0), self.real], 1)
         masks = {kind: build_mask(self.adapter, i, embeds, columns, self.cache) for kind, i in layers.items()}
         typed = getattr(self.adapter.language_model.config, "layer_types", None)
         return masks if typed else masks["sliding_attention"]
 
+    def _exceeded_window(self, layer: int) -> int | None:
+        """The sliding window of layers from ``layer`` on, if the sequence is longer and there are such layers."""
+        window = getattr(self.adapter.language_model.config, "sliding_window", None) or 0
+        slide = any(layer_type(self.adapter, i) == "sliding_attention" for i in range(layer, len(self.adapter.layers)))
+        return window if slide and self.past + self.length > window else None
+
     def _check_window(self, layer: int) -> None:
         """Flash attention gets no mask: it counts a window over the tokens that are there."""
-        config = self.adapter.language_model.config
-        if "flash" not in (config._attn_implementation or ""):
+        if "flash" not in (self.adapter.language_model.config._attn_implementation or ""):
             return
-        window = getattr(config, "sliding_window", None) or 0
-        kinds = {layer_type(self.adapter, i) for i in range(layer, len(self.adapter.layers))}
-        if "sliding_attention" in kinds and self.past + self.length > window:
+        if (window := self._exceeded_window(layer)) is not None:
             raise NotImplementedError(
                 f"Under flash attention the sliding window of {window} tokens would be counted over kept tokens only: "
                 "use attn_implementation='sdpa' for prompts that are longer than the window."

@@ -90,8 +90,7 @@ class Store:
         lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]
         write_atomic(self.path(cell, SAMPLES), "".join(lines))
         write_atomic(self.path(cell, RESULT), dump(result))
-        for path in self._leftovers(cell):
-            path.unlink(missing_ok=True)
+        self._remove_leftovers(cell)
 
     def settle(self, cell: str) -> bool:
         """Whether a cell is finished; then what a runner that died right after that has left behind is removed."""
@@ -100,8 +99,8 @@ class Store:
         lock = self.lock(cell)
         if lock.exists or self._leftovers(cell):
             with lock.attempt() as held:
-                for path in self._leftovers(cell) if held else ():  # a living runner removes its own
-                    path.unlink(missing_ok=True)
+                if held:  # a living runner removes its own
+                    self._remove_leftovers(cell)
         return True
 
     def _leftovers(self, cell: str) -> list[Path]:
@@ -109,6 +108,10 @@ class Store:
         failure = self.path(cell, FAILURE)
         halves = self.path(cell, "").glob(".*.part")
         return [*self.answers(cell), *halves, *([failure] if failure.exists() else [])]
+
+    def _remove_leftovers(self, cell: str) -> None:
+        for path in self._leftovers(cell):
+            path.unlink(missing_ok=True)
 
     def save_failure(self, cell: str, failure: dict[str, Any]) -> None:
         """Record what a cell raised."""

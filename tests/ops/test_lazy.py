@@ -157,8 +157,12 @@ def test_short_rows_with_all_similarities_at_hand_give_the_same(name, monkeypatc
     batch = Batch(3, tokens=90, width=20)
     batch.k = torch.tensor([30, 11, 25])
     select, expected = SELECTIONS[name]
+    made, whole = [], Cosines.whole
     monkeypatch.setattr(Cosines, "units", lambda *_: pytest.fail("needs products of its own"))
+    monkeypatch.setattr(Cosines, "whole", lambda self, most: made.append(whole(self, most)) or made[-1])
     agree(select(batch), batch, expected)
+    assert len({id(found.table) for found in made}) == 3, "once a row, of all tokens"
+    assert all(found.table is not None for found in made)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 6, 11])
