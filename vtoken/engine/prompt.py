@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +47,8 @@ class Placed:
         (B, S) bool: real tokens that are no placeholder of an item.
     row : Tensor
         (I,) long: batch row of each item.
+    dropped : tuple of Tensor or None
+        ``item`` and ``slot`` of the placeholders whose patches the tower dropped, None if it dropped none.
     table : ItemTable
         The items.
     encoder, projector_input, resampled
@@ -57,6 +59,7 @@ class Placed:
     slot: Tensor
     text: Tensor
     row: Tensor
+    dropped: tuple[Tensor, Tensor] | None
     table: ItemTable
     encoder: Mapping[EncoderRead, Tensor]
     projector_input: Tensor | None
@@ -111,13 +114,14 @@ def place(
     hidden = (kinds > 0) & ~real
     if bool(hidden.any()):  # a picture, or a part of one, that the caller's mask hides
         lengths = torch.tensor([len(layout.view) for layout in found.layouts], device=device)
-        gone = torch.bincount(item[hidden & (item >= 0)], minlength=len(lengths))
-        shown = lengths - gone
+        shown = lengths - torch.bincount(item[hidden & (item >= 0)], minlength=len(lengths))
         item, slot = (x.masked_fill(hidden, -1) for x in (item, slot))
+    gone = None
     if any(record.dropped is not None for record in records.values()):
+        gone = item.masked_fill(~dropped, -1), slot.masked_fill(~dropped, -1)
         item, slot = (x.masked_fill(dropped, -1) for x in (item, slot))
     table = ItemTable.of(found.layouts, device, shown)
-    return Placed(item, slot, real & (kinds == 0), row, table, *found.padded())
+    return Placed(item, slot, real & (kinds == 0), row, gone, table, *found.padded())
 
 
 @dataclass
@@ -221,7 +225,7 @@ class Prompt:
 
     @classmethod
     def of(cls, placed: Placed, real: Tensor, document: Tensor | None, behind: Tensor | None) -> Prompt:
-        """Find out what a pass brings; looks at the device once."""
+        """Find out what a pass brings."""
         left = real[:, 1:] | ~real[:, :-1]  # nothing real before padding
         plain = document is None and behind is None and bool(left.all())
         row = number = None
@@ -229,7 +233,28 @@ class Prompt:
             counts = torch.where(real, document, 0).amax(1) + 1
             row = torch.arange(len(real), device=real.device).repeat_interleave(counts)
             number = torch.cat([torch.arange(count, device=real.device) for count in counts.tolist()])
-        return cls(placed, real, document, behind, plain, row, number)
+        found = cls(placed, real, document, behind, plain, row, number)
+        return found if placed.dropped is None else found._with_last_tokens()
+
+    def _with_last_tokens(self) -> Prompt:
+        """A last token whose patches the tower dropped comes back: the next token is read off its state.
+
+        The token of its item that stands nearest before it goes in its place, so that the budget holds.
+        """
+        placed = self.placed
+        assert placed.dropped is not None
+        index = torch.arange(self.real.shape[1], device=self.real.device).expand(self.real.shape)
+        view = self.view(index, self.real)
+        rows = torch.arange(len(self.real), device=index.device) if view.row is None else view.row
+        last = view.places(torch.full((len(rows), 1), view.valid.shape[1] - 1, device=index.device))[:, 0]
+        gone = placed.dropped[0][rows, last] >= 0
+        item, slot = placed.item.clone(), placed.slot.clone()
+        for row, place in zip(rows[gone].tolist(), last[gone].tolist(), strict=True):  # prompts that end with pictures
+            item[row, place], slot[row, place] = placed.dropped[0][row, place], placed.dropped[1][row, place]
+            others = (item[row, :place] == item[row, place]).nonzero()
+            if len(others):
+                item[row, others[-1]] = slot[row, others[-1]] = -1
+        return replace(self, placed=replace(placed, item=item, slot=slot))
 
     def view(self, index: Tensor, valid: Tensor) -> View:
         """The prompts in the sequence that is left: tokens ``index`` (B, n), ``valid`` (B, n)."""

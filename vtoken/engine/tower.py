@@ -164,7 +164,9 @@ class VisionReader:
         self._signatures: dict[str, inspect.Signature] = {}  # reading one takes half a millisecond
 
     def __call__(self, original: Callable, modality: str, *args: Any, **kwargs: Any) -> Any:
-        seen = self.observe(lambda: original(*args, **kwargs), modality)
+        as_tuple = kwargs.get("return_dict") is False
+        given = {**kwargs, "return_dict": True} if as_tuple else kwargs
+        seen = self.observe(lambda: original(*args, **given), modality)
         if modality not in self._signatures:
             self._signatures[modality] = inspect.signature(original)
         bound = self._signatures[modality].bind_partial(*args, **kwargs)
@@ -172,6 +174,8 @@ class VisionReader:
         record = self._record(seen, modality, call)
         if self.resampler is not None:
             record.resampled = self._resample(original, modality, call, record.layouts)
+        if as_tuple:
+            return seen.output.to_tuple(), record
         if hasattr(seen.output, "pooler_output"):
             seen.output[ITEM] = record
         return seen.output, record
