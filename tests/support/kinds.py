@@ -150,6 +150,7 @@ def up_to_picture(ids: Tensor) -> Tensor:
 
 def placed_forward(model: nn.Module, inputs: dict[str, Tensor], **options):
     """A forward pass with the position ids of ``generate``, so that it does not depend on what ran before."""
-    options.setdefault("position_ids", positions(model, inputs))
+    if "position_ids" not in options:
+        options["position_ids"] = positions(model, inputs)
     with torch.no_grad():
         return model(**inputs, **options)
