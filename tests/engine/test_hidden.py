@@ -51,6 +51,20 @@ def pixels(inputs):
     return {name: value for name, value in inputs.items() if name not in ROWWISE}
 
 
+# ---------------------------------------------------------------- the oracle itself
+@pytest.mark.parametrize(("family", "name"), [case for case in CASES if case[1] not in REWRITING])
+def test_an_ordinary_batch_is_the_stock_model_with_dropped_tokens_hidden(family, name):
+    """Dropping is hiding, for every reducer that only drops: what the tests below rest on."""
+    model, inputs = model_of(family), inputs_of(family, ENDS)
+    with reduced(model, name):
+        logits = placed_forward(model, inputs).logits
+        kept = kept_positions(model, inputs)
+    there = kept[-1][1] & inputs["attention_mask"].bool()
+    with hiding(model, kept, inputs["attention_mask"].bool()):
+        wanted = placed_forward(model, inputs).logits
+    torch.testing.assert_close(logits[there], wanted[there], **TOLERANCE)
+
+
 # ---------------------------------------------------------------- pictures hidden by a mask
 def hide(inputs, picture, part):
     """The batch with ``part`` (a slice) of the placeholders of ``picture`` hidden by its 2-D mask."""
