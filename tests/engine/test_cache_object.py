@@ -256,7 +256,11 @@ ARRANGEMENTS = {
     "reorder to one beam": (lambda cache: cache.reorder_cache(torch.tensor([1, 1])), [1, 1], [0, 1]),
     "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1], [0, 1, 0, 1]),
     "select": (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1], [0]),
-    "select in another order": (lambda cache: cache.batch_select_indices(torch.tensor([1, 0, 1])), [1, 0, 1], [0, 0, 1]),
+    "select in another order": (
+        lambda cache: cache.batch_select_indices(torch.tensor([1, 0, 1])),
+        [1, 0, 1],
+        [0, 0, 1],
+    ),
 }
 
 
