@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
 import tiny
 import torch
-from caches import model_of, pairs, prompt_of
+from caches import model_of, new_cache, outcome, pairs, prefill, prompt_of, sequence_of, text, turn
 from oracles import PLANS, TestReducer, built, generate, language_model
 
 import vtoken
@@ -81,6 +81,16 @@ def run(model, inputs, **kwargs):
         return model(**inputs, **kwargs).logits
 
 
+class Here:
+    """This thread, as an executor."""
+
+    @staticmethod
+    def submit(call, *args):
+        done = Future()
+        done.set_result(call(*args))
+        return done
+
+
 @pytest.fixture(scope="module")
 def other():
     """A thread that stays alive between calls, as those of a server do."""
@@ -90,23 +100,22 @@ def other():
 
 
 def failures_at(model, inputs, wanted, other, make, call=1, places=PLACES):
-    """What is wrong after an error at each place; each is tried from this thread and from another one."""
+    """What is wrong after an error at each place: the next calls come from this thread and another, in turn first."""
     wrong = {}
-    for place in places:
-        for first in ("same", "other"):
-            error = make()
-            handle = explode(places[place](model), error, call)
-            try:
-                with pytest.raises(type(error)) as found:
-                    generate(model, inputs, 3) if call > 1 else run(model, inputs)
-                assert found.value is error or error in (found.value.__cause__, found.value.__context__)
-                here, there = (lambda: run(model, inputs)), (lambda: other.submit(run, model, inputs).result(60))
-                for ask in (here, there) if first == "same" else (there, here):
-                    assert torch.equal(ask(), wanted), "another answer"
-            except (Exception, KeyboardInterrupt) as problem:
-                wrong[place, first] = f"{type(problem).__name__}: {problem}"[:200]
-            finally:
-                handle.remove()
+    for number, place in enumerate(places):
+        error = make()
+        handle = explode(places[place](model), error, call)
+        order = (Here, other) if number % 2 else (other, Here)
+        try:
+            with pytest.raises(type(error)) as found:
+                generate(model, inputs, 3) if call > 1 else run(model, inputs)
+            assert found.value is error or error in (found.value.__cause__, found.value.__context__)
+            for thread in order:
+                assert torch.equal(thread.submit(run, model, inputs).result(60), wanted), "another answer"
+        except (Exception, KeyboardInterrupt) as problem:
+            wrong[place] = f"{type(problem).__name__}: {problem}"[:200]
+        finally:
+            handle.remove()
     return wrong
 
 
@@ -131,7 +140,7 @@ def test_an_error_in_a_prefill(family, name, other):
     assert not wrong
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
+@pytest.mark.parametrize(("family", "name"), pairs(("llava", "qwen3_vl", "internvl"), FEW))
 def test_an_error_in_a_decode_step(family, name, other):
     model, inputs = model_of(family), prompt_of(family, (1, 2))
     places = {place: PLACES[place] for place in DECODING}
@@ -149,7 +158,7 @@ def test_an_interrupt(family, name, kind, other):
     assert not wrong
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["tower", "attention of a layer", "last layer", "head"])
 @pytest.mark.parametrize(("family", "name"), pairs(("llava", "qwen3_vl"), FEW))
 def test_unwrap_right_after_an_error(family, name, place):
     """No further call cleans up."""
@@ -202,7 +211,7 @@ class Fragile(TestReducer):
 @pytest.mark.parametrize("early", [True, False], ids=["before_llm", "at_layer"])
 @pytest.mark.parametrize("family", tiny.CORE)
 def test_an_error_of_the_reducer(family, early, kind, other):
-    model, inputs, reducer = model_of(family), prompt_of(family, (1, 2)), None
+    model, inputs = model_of(family), prompt_of(family, (1, 2))
     reducer = Fragile(before=0.7, at=((2, 0.4),), early=early)
     with wrapped_and_checked(model, inputs, reducer) as wanted:
         for ask in (lambda: run(model, inputs), lambda: other.submit(run, model, inputs).result(60)):
@@ -228,7 +237,7 @@ def bad_inputs(inputs):
 
 
 @pytest.mark.parametrize("name", [*FEW, "fopru", "uniform 1.0"])
-@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_bad_inputs(family, name, other):
     """The request that fails locks nobody out, not even where nothing is reduced."""
     model, inputs = model_of(family), prompt_of(family, (1, 2))
@@ -294,8 +303,6 @@ def test_an_error_between_two_steps(name, other):
 @pytest.mark.parametrize("place", PLACES)
 def test_a_cache_that_an_error_left_half_filled(name, place):
     """Layers above the error have no columns of the failed prompt: after ``reset`` the cache is as new."""
-    from caches import new_cache, prefill
-
     model, inputs = model_of("llava"), prompt_of("llava", (1, 2))
     with vtoken.reduce(model, built(name, 0.5)), torch.no_grad():
         wanted = run(model, inputs, past_key_values=new_cache(model))
@@ -365,10 +372,8 @@ def test_a_second_thread_while_the_first_is_behind_the_decoder(name, other):
         with held(model.lm_head) as (reached, go_on):
             first = other.submit(run, model, inputs)
             assert reached.wait(60)
-            try:
-                assert torch.equal(run(model, inputs), wanted)
-            except RuntimeError as error:
-                assert SENTENCE in str(error)
+            found, error = outcome(lambda: run(model, inputs))
+            assert SENTENCE in str(error) if error else torch.equal(found, wanted)
             go_on.set()
             assert torch.equal(first.result(60), wanted)
         assert torch.equal(run(model, inputs), wanted)
@@ -377,8 +382,6 @@ def test_a_second_thread_while_the_first_is_behind_the_decoder(name, other):
 @pytest.mark.parametrize("name", FEW)
 def test_a_decode_step_while_another_thread_prefills(name, other):
     """The refused step changes nothing: asked again, the cache goes on as it would have."""
-    from caches import prefill, sequence_of, text, turn
-
     model, inputs = model_of("llava"), prompt_of("llava", (1, 2))
     prompt, token = sequence_of(model, inputs), text(2, 1)
     with wrapped_and_checked(model, inputs, built(name, 0.5)) as wanted, torch.no_grad():

@@ -192,9 +192,17 @@ def hidden_reference(model: nn.Module, inputs: dict[str, Tensor], kept, generate
         return model(**longer, use_cache=False).logits[:, held:]
 
 
+def outcome(call):
+    """(what a call gives, None), or (None, the error)."""
+    try:
+        return call(), None
+    except Exception as error:
+        return None, error
+
+
 def refusal(error: BaseException) -> bool:
     """Whether an error is a sentence about the cache, and no accident of shapes."""
     words = str(error)
-    named = any(word in words for word in ("cache", "pruned", "wrapped"))
+    named = any(word in words for word in ("cache", "pruned", "wrapped", "sliding window"))
     accident = any(word in words for word in ("size of tensor", "shape", "expanded size", "dimension", "index"))
     return isinstance(error, RuntimeError) and named and not accident and words.rstrip().endswith(".")
