@@ -43,9 +43,12 @@ def reduced(model, name, keep=0.5):
 
 
 # ---------------------------------------------------------------- flex attention
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", "internvl"])  # the Qwen models do not support it themselves
 def test_flex_attention(family):
-    """Block masks: the unwrapped model first, then everything kept, then cuts before and inside of the decoder."""
+    """Block masks: the unwrapped model first, then everything kept, then cuts before and inside of the decoder.
+
+    The kernel runs without its compiler, which takes minutes on a CPU; masks and scores are the same.
+    """
     model, inputs = tiny.make(family, (1, 2))
     real = visual_and_real(inputs)[1]
     runs = [(None, 0.5), ("uniform", 1.0), ("uniform", 0.5), ("fastv", 0.5), ("pyramiddrop", 0.5)]
@@ -53,7 +56,7 @@ def test_flex_attention(family):
     for attention in ("sdpa", "flex_attention"):
         language_model(model).set_attn_implementation(attention)
         for name, keep in runs:
-            with reduced(model, name, keep):
+            with reduced(model, name, keep), torch.compiler.set_stance("force_eager"):
                 answers[attention, name, keep] = run(model, inputs)[real]
     assert torch.equal(answers["flex_attention", "uniform", 1.0], answers["flex_attention", None, 0.5])
     for name, keep in runs:
@@ -143,7 +146,8 @@ def test_taps_see_the_window(family, batch, kind, rows, attention, monkeypatch):
         flash.install(monkeypatch, model)
     else:
         model.set_attn_implementation(attention)
-    probe = kind(rows=rows)
+    # the stand-in kernel knows no window, so that only what the first layer reads is the eager model's
+    probe = kind(rows=rows, at=(0,) if attention == "flash" and family in tiny.SLIDING else (0, 1, 2))
     with vtoken.reduce(model, probe):
         _, error = outcome(lambda: run(model, inputs))
     if error is not None:
