@@ -186,8 +186,8 @@ def test_a_decode_step_compiles_once(name):
             wanted = generate(model, inputs, 4)
             options = {"cache_implementation": "static", "compile_config": config}
             longest = max(x["input_ids"].shape[1] for x in prompts_of(family)) + 4
-            options |= {"max_length": longest, "max_new_tokens": None, "stopping_criteria": [after(inputs, 4)]}
-            found = generate(model, inputs, **options)
+            options |= {"max_length": longest, "stopping_criteria": [after(inputs, 4)]}
+            found = generate(model, inputs, None, **options)
             counts.append(counting.graphs)
             assert torch.equal(found, wanted)
     assert counts[0] > 0
