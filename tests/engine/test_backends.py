@@ -164,6 +164,10 @@ class Counting:
     def __init__(self):
         self.graphs = 0
 
+    def __deepcopy__(self, memo):
+        """``generate`` copies its configuration: all copies count together."""
+        return self
+
     def __call__(self, graph, example_inputs):
         self.graphs += 1
         return graph.forward
