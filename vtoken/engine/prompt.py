@@ -184,11 +184,15 @@ class View:
         """A per-token tensor (B, n, ...) of the prompts: (P, m, ...)."""
         if self.index is None:
             return x
-        return gather(x if self.row is None else x.index_select(0, self.row.to(x.device)), self.index)
+        return gather(self.rows(x), self.index)
 
     def rows(self, x: Tensor) -> Tensor:
         """A tensor (B, ...) that belongs to whole rows, for each document: (P, ...)."""
-        return x if self.row is None or x.shape[0] == 1 else x.index_select(0, self.row.to(x.device))
+        if self.row is None:
+            return x
+        if x.shape[0] == 1:
+            return x.expand(len(self.row), *x.shape[1:])
+        return x.index_select(0, self.row.to(x.device))
 
     def places(self, rows: Tensor) -> Tensor:
         """Places (P, R) in the prompts, as places in their batch rows."""
