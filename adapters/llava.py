@@ -67,14 +67,7 @@ class LlavaAdapter(Adapter):
         if modality != "image" or call["pixel_values"].dim() == 5:  # crops of a fixed size, in families built on this
             return super().resampled(modality, call, grids)
         names = inspect.signature(self.tower.forward).parameters
-        embeds_any = any(hasattr(part, "interpolate_pos_encoding") for part in self.tower.modules())
-        fixed = any("pos" in name for name, _ in self.tower.named_parameters()) and not embeds_any
-        if fixed or self.skipped_tokens(call) != self.leading_tokens or "spatial_shapes" in call:
-            raise ValueError(
-                f"{type(self.tower).__name__}, as {type(self.model).__name__} uses it, has a fixed grid of patches or "
-                "tokens that are not the patches of a grid, so that a smaller picture does not give fewer of them: use "
-                "the reducer 'pooled'."
-            )
+        self._check_resampling(call)
         given = {name: value for name, value in call.items() if name != "kwargs"}
         if "interpolate_pos_encoding" in names:
             given["interpolate_pos_encoding"] = True
@@ -86,6 +79,20 @@ class LlavaAdapter(Adapter):
         high, wide = (max(axis) for axis in zip(*sizes, strict=True))
         padded = [torch.nn.functional.pad(x, (0, wide - x.shape[2], 0, high - x.shape[1])) for x in small]
         return {**given, "pixel_values": torch.stack(padded)}
+
+    def _check_resampling(self, call: dict[str, Any]) -> None:
+        """Raise ValueError unless a smaller picture gives the patches of a smaller grid."""
+        tower, way_out = type(self.tower).__name__, "use the reducer 'pooled'."
+        if "spatial_shapes" in call:
+            raise ValueError(f"{tower} is handed lists of patches, which cannot be resized as a picture: {way_out}")
+        if (skipped := self.skipped_tokens(call)) != self.leading_tokens:
+            raise ValueError(
+                f"The model leaves out the first {skipped} of the tokens of {tower}, of which the first "
+                f"{self.leading_tokens} are no patches: its visual tokens are not the cells of a grid, so {way_out}"
+            )
+        moves = any(hasattr(part, "interpolate_pos_encoding") for part in self.tower.modules())
+        if not moves and any("pos" in name for name, _ in self.tower.named_parameters()):
+            raise ValueError(f"{tower} has position embeddings for one size of pictures only: {way_out}")
 
     def _patch_grids(self, call: dict[str, Any]) -> list[tuple[int, int]]:
         """(rows, columns) of patches of each picture."""

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import pytest
 import tiny
 import torch
+from oracles import eager_encoder
 
 import vtoken
-from vtoken.adapters import adapter_for
 from vtoken.encoder import EncoderRead
 from vtoken.reducers.base import Reducer
 
@@ -52,25 +51,6 @@ def eager_attentions(family, batch):
     model, inputs = tiny.make(family, batch, attn="eager")
     with torch.no_grad():
         return model(**inputs, output_attentions=True).attentions
-
-
-def eager_encoder(family, batch, layer, **changes):
-    """Eager attention weights (views, H, patches, patches) of one tower layer, one entry per call of its attention."""
-    model, inputs = tiny.make(family, batch, attn="eager", **changes)
-    block = adapter_for(model).vision_attention(layer)
-    source = sys.modules[type(block).__module__]
-    original, found = source.eager_attention_forward, []
-
-    def spy(module, *args, **kwargs):
-        out = original(module, *args, **kwargs)
-        if module is block:
-            found.append(out[1])
-        return out
-
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(source, "eager_attention_forward", spy)
-        model(**inputs)
-    return found
 
 
 @every_attention
@@ -202,10 +182,11 @@ def test_encoder_maps_of_pooled_tiles(family):
 
 
 @every_attention
-def test_encoder_maps_of_pictures_that_a_mask_separates(attn):
+@pytest.mark.parametrize("family", ["mistral3"])
+def test_encoder_maps_of_pictures_that_a_mask_separates(family, attn):
     """Pixtral packs pictures into one sequence: each is a mean over its own queries, pooled 2 x 2 by Mistral 3."""
-    (weights,) = eager_encoder("mistral3", (1, 2), -1)
-    model, inputs = tiny.make("mistral3", (1, 2), attn=attn)
+    (weights,) = eager_encoder(family, (1, 2), -1)
+    model, inputs = tiny.make(family, (1, 2), attn=attn)
     reads = EncoderRead("received", -1), EncoderRead("keys", -1)
     spy = Spy(reads=reads)
     with vtoken.reduce(model, spy), torch.no_grad():
