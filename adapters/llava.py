@@ -15,10 +15,10 @@ from vtoken.context import NEWLINE, ItemLayout
 
 
 class LlavaAdapter(Adapter):
-    """`transformers.LlavaForConditionalGeneration` and `VipLlavaForConditionalGeneration`.
+    """`transformers.LlavaForConditionalGeneration` with a CLIP, SigLIP, DINO, ViT, AIMv2 or Pixtral tower.
 
-    The model takes all tokens of the tower (``vision_feature_select_strategy="full"``), or leaves out the first
-    (``"default"``), whatever that is. So there may be
+    Nothing here depends on which of them it is. The model takes all tokens of the tower
+    (``vision_feature_select_strategy="full"``) or leaves out the first (``"default"``), whatever that is. There may be
 
     - visual tokens that are no patch, as [CLS] with ``"full"`` and registers in any case: they can be kept or dropped
       like others and have statistics of their own, but no cell: their place is row 0, column 0 and their box is the
@@ -72,10 +72,11 @@ class LlavaAdapter(Adapter):
         if "interpolate_pos_encoding" in names:
             given["interpolate_pos_encoding"] = True
         sizes = [(rows * self.patch, columns * self.patch) for rows, columns in grids]
-        pictures = zip(call["pixel_values"], self._patch_grids(call), sizes, strict=True)
-        small = [resize(x[None, :, : h * self.patch, : w * self.patch], *size)[0] for x, (h, w), size in pictures]
-        if call.get("image_sizes") is not None:
-            given["image_sizes"] = call["image_sizes"].new_tensor(sizes)
+        pictures = list(call["pixel_values"])
+        if (shown := call.get("image_sizes")) is not None:  # the rest is padding
+            pictures = [x[:, :height, :width] for x, (height, width) in zip(pictures, shown.tolist(), strict=True)]
+            given["image_sizes"] = shown.new_tensor(sizes)
+        small = [resize(x[None], *size)[0] for x, size in zip(pictures, sizes, strict=True)]
         high, wide = (max(axis) for axis in zip(*sizes, strict=True))
         padded = [torch.nn.functional.pad(x, (0, wide - x.shape[2], 0, high - x.shape[1])) for x in small]
         return {**given, "pixel_values": torch.stack(padded)}
