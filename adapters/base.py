@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vtoken.adapters import towers
-from vtoken.attention import Reader, tap
 from vtoken.context import NEWLINE, ItemLayout
+from vtoken.engine.taps import Reader, tap
 
 if TYPE_CHECKING:
-    from vtoken.session import Session
-    from vtoken.tower import VisionRecord
+    from vtoken.engine.hooks import AdapterHooks
+    from vtoken.engine.tower import VisionRecord
 
 IMAGE, VIDEO = 1, 2
 MODALITIES = {"image": IMAGE, "video": VIDEO}
@@ -41,7 +41,7 @@ class Adapter:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.generator: Any = model
-        outer: Any = model.model
+        outer: Any = getattr(model, "base_model", model)  # the model itself, if it is one without a head
         self.outer: Any = outer
         language: Any = getattr(outer, "language_model", None) or outer.text_model
         self.language_model: Any = language
@@ -125,8 +125,8 @@ class Adapter:
         """Shorten further per-token arguments of the language model's call (deepstack features)."""
         return kwargs
 
-    def install(self, session: Session) -> None:
-        """Further instance-level wraps (`Session.wrap_method`), undone by the session."""
+    def install(self, hooks: AdapterHooks) -> None:
+        """Further instance-level wraps (``hooks.replace``), undone when the model is unwrapped."""
 
     @property
     def tower(self) -> Any:

@@ -16,10 +16,10 @@ from torch import Tensor
 from vtoken.adapters.base import equal_views, grid_shares
 from vtoken.adapters.tiles import TilesAdapter
 from vtoken.context import ItemLayout
-from vtoken.sequence import run_lengths
+from vtoken.ops.ragged import run_lengths
 
 if TYPE_CHECKING:
-    from vtoken.tower import VisionRecord
+    from vtoken.engine.tower import VisionRecord
 
 
 class InternVLAdapter(TilesAdapter):

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from vtoken.adapters.base import Adapter, equal_views, square_groups, square_side
 from vtoken.adapters.internvl import join_tiles, tile_shares
-from vtoken.attention import Reader, tap_fused
 from vtoken.context import ItemLayout
-from vtoken.tower import VisionRecord
+from vtoken.engine.taps import Reader, tap_fused
+from vtoken.engine.tower import VisionRecord, feature_list
 
 if TYPE_CHECKING:
-    from vtoken.session import Session
+    from vtoken.engine.hooks import AdapterHooks
 
 
 class InternVLChatAdapter(Adapter):
@@ -73,28 +73,29 @@ class InternVLChatAdapter(Adapter):
     def regroup(self, record: VisionRecord, here: Tensor) -> VisionRecord:
         return join_tiles(record, here, square_side(record.lengths[0]))
 
-    def install(self, session: Session) -> None:
-        prompt: list[Tensor | None] = [None]
+    def install(self, hooks: AdapterHooks) -> None:
+        said: dict[str, Tensor | None] = {"prompt": None, "labels": None}  # by the call that is under way
 
         def note(original: Callable) -> Callable:
             def run(pixel_values: Any = None, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
-                prompt[0] = None if pixel_values is None else input_ids
+                said.update(prompt=None if pixel_values is None else input_ids, labels=kwargs.get("labels"))
                 try:
                     return original(pixel_values, input_ids, *args, **kwargs)
                 finally:
-                    prompt[0] = None
+                    said.update(prompt=None, labels=None)
 
             return run
 
         def encode(original: Callable) -> Callable:
             def run(*args: Any, **kwargs: Any) -> Any:
-                output, record = session.reader(original, "image", *args, **kwargs)
-                if prompt[0] is not None:
-                    session.announce((prompt[0] == self.model.img_context_token_id).long(), record)
+                output, record = hooks.reader(original, "image", *args, **kwargs)
+                if (prompt := said["prompt"]) is not None:
+                    kinds = (prompt == self.model.img_context_token_id).long()
+                    hooks.announce(kinds, record, feature_list(output)[0][0], said["labels"])
                 return output
 
             return functools.wraps(original)(run)
 
-        session.wrap_method(self.model, "generate", note)
-        session.wrap_method(self.model, "forward", note)
-        session.wrap_method(self.model, "extract_feature", encode)
+        hooks.replace(self.model, "generate", note)
+        hooks.replace(self.model, "forward", note)
+        hooks.replace(self.model, "extract_feature", encode)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from vtoken.adapters.base import Adapter, square_side
 from vtoken.context import NEWLINE, ItemLayout
-from vtoken.tower import Observed, VisionRecord
+from vtoken.engine.tower import Observed, VisionRecord
 
 if TYPE_CHECKING:
-    from vtoken.session import Session
+    from vtoken.engine.hooks import AdapterHooks
 
 IGNORE = -100
 METHOD = "prepare_inputs_labels_for_multimodal"
@@ -49,7 +49,7 @@ class OriginalLlavaAdapter(Adapter):
     def tower_groups(self, patches: int, modality: str) -> Tensor:
         return torch.arange(patches, device="cpu")
 
-    def install(self, session: Session) -> None:
+    def install(self, hooks: AdapterHooks) -> None:
         def make(original: Callable) -> Callable:
             def prepare(input_ids, position_ids, attention_mask, past_key_values, labels, images, *args, **kwargs):
                 if images is None or input_ids.shape[1] == 1:
@@ -62,18 +62,19 @@ class OriginalLlavaAdapter(Adapter):
                 def run() -> Any:
                     return original(input_ids, position_ids, mask, past_key_values, source, images, *args, **kwargs)
 
-                seen = session.reader.observe(run)
+                seen = hooks.reader.observe(run)
                 _, positions, new_mask, past, embeds, origin = seen.output
                 visual = (origin == IGNORE) & new_mask.bool()
                 record = _Packing(self.model, run, visual, images).record(seen, self.leading_tokens)
-                session.announce(visual.long(), record)
                 if labels is not None:
                     labels = torch.where(origin >= 0, labels.gather(1, origin.clamp(min=0)), IGNORE)
+                if bool(visual.any()):
+                    hooks.announce(visual.long(), record, embeds[visual][0], labels)
                 return None, positions, None if attention_mask is None else new_mask, past, embeds, labels
 
             return prepare
 
-        session.wrap_method(self.model, METHOD, make)
+        hooks.replace(self.model, METHOD, make)
 
 
 class _Packing:

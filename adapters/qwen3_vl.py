@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vtoken.adapters.qwen_vl import QwenVLAdapter
-from vtoken.sequence import gather
+from vtoken.ops.ragged import gather
 
 if TYPE_CHECKING:
-    from vtoken.session import Session
+    from vtoken.engine.hooks import AdapterHooks
 
 
 class Qwen3VLAdapter(QwenVLAdapter):
@@ -35,20 +35,19 @@ class Qwen3VLAdapter(QwenVLAdapter):
         embeds = [layer[rows.to(layer.device)] for layer in embeds]
         return {**kwargs, "visual_pos_masks": mask, "deepstack_visual_embeds": embeds}
 
-    def install(self, session: Session) -> None:
+    def install(self, hooks: AdapterHooks) -> None:
         """A cut between two injections: the later ones find the rows of the group at work."""
 
         def make(original: Callable) -> Callable:
             def process(hidden: Tensor, mask: Tensor, embeds: Tensor) -> Tensor:
-                group = session.group
-                if group is not None:
-                    mask, rows = cut_rows(mask, group.relative, group.valid)
+                if (left := hooks.rows()) is not None:
+                    mask, rows = cut_rows(mask, *left)
                     embeds = embeds[rows.to(embeds.device)]
                 return original(hidden, mask, embeds)
 
             return process
 
-        session.wrap_method(self.language_model, "_deepstack_process", make)
+        hooks.replace(self.language_model, "_deepstack_process", make)
 
 
 def cut_rows(mask: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vtoken.adapters import adapter_for
 from vtoken.adapters.base import MODALITIES
-from vtoken.encode import encode
-from vtoken.tower import VisionReader
+from vtoken.engine.encode import encode
+from vtoken.engine.tower import VisionReader
 
 Pixels = dict[str, Tensor]
 _CODES = 500  # text tokens are drawn from the low, ordinary ids

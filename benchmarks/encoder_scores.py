@@ -17,11 +17,11 @@ from harness import arguments, race, save
 from vtoken import EncoderRead
 from vtoken.adapters import adapter_for
 from vtoken.adapters.synthetic import synthetic_inputs
-from vtoken.encode import encode
 from vtoken.encoder import STATISTICS as FUNCTIONS
+from vtoken.engine.encode import encode
+from vtoken.engine.tower import VisionReader
 from vtoken.profile.memory import peak_bytes
 from vtoken.profile.shapes import random_model, shape_config
-from vtoken.tower import VisionReader
 
 TOWERS = {"clip-l": "llava-1.5-7b", "siglip-so400m": "llava-onevision-7b", "qwen2.5-vl": "qwen2.5-vl-7b"}
 STATISTICS = ("cls", "cls_logits", "received", "given", "keys")

@@ -20,7 +20,7 @@ from torch import nn
 import vtoken
 from vtoken.adapters import adapter_for
 from vtoken.adapters.synthetic import synthetic_inputs
-from vtoken.cache import cache_bytes, stored_length
+from vtoken.engine.cache import cache_bytes, stored_length
 from vtoken.profile.memory import LiveBytes
 from vtoken.profile.shapes import random_model, shape_config
 

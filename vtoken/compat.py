@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between the supported transformers versions, outside of caches and masks (`vtoken.cache`)."""
+"""What differs between the supported transformers versions, outside of caches and masks (`vtoken.engine.cache`)."""
 
 from __future__ import annotations
 

@@ -18,12 +18,17 @@ from torch import Tensor, nn
 
 from vtoken.adapters import Adapter, adapter_for
 from vtoken.adapters.base import MODALITIES
-from vtoken.encode import encode, real_tokens
+from vtoken.context import Cut
+from vtoken.engine.encode import encode, real_tokens
+from vtoken.engine.masks import Visibility
+from vtoken.engine.prefill import Prefill
+from vtoken.engine.prompt import Prompt, place
+from vtoken.engine.tower import ITEM, VisionReader, VisionRecord, feature_list
+from vtoken.engine.work import Work
+from vtoken.ops.ragged import compact, gather
+from vtoken.precision import without_autocast
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
-from vtoken.sequence import compact, gather
-from vtoken.session import Session
-from vtoken.tower import ITEM, feature_list
 from vtoken.wrapping import session_of
 
 TYPES = ("mm_token_type_ids", "token_type_ids")
@@ -61,23 +66,43 @@ def shorten(
     """
     adapter, built = adapter_for(model), get_reducer(reducer, **params)
     _check(model, adapter, built)
-    session = Session(adapter, built, "keep", "drop")
-    outputs, records = encode(adapter, session.reader, inputs)
+    work = Work.of(adapter, built, "drop")
+    reads = () if work.idle else built.encoder_reads()
+    reader = VisionReader(adapter, reads, not work.idle and built.needs_projector, built.cutter, built.resampler)
+    outputs, records = encode(adapter, reader, inputs)
     ids = inputs["input_ids"]
     kinds, embeds = adapter.modality(ids, None), model.get_input_embeddings()(ids).clone()  # type: ignore[operator]
     for modality, output in outputs.items():
         rows = torch.cat(feature_list(output))
         embeds[kinds == MODALITIES[modality]] = rows.to(embeds.dtype)
-    ctx = session.context(kinds, records, embeds, real_tokens(inputs))
-    cut = session.first_cut(ctx)
-    keep = ctx.text | (ctx.visual if cut is None else ctx.per_token(cut.keep, False))
-    hidden = ctx.hidden if cut is None else ctx.rewritten(cut)
+    keep, hidden = _choose(adapter, built, work, kinds, records, embeds, real_tokens(inputs))
     for modality, output in outputs.items():
         here = kinds == MODALITIES[modality]
         output = type(output)(**{name: value for name, value in output.items() if name != ITEM})
         _cut_features(output, hidden[here], keep[here])
         outputs[modality] = output
     return {**_shorter(model, inputs, keep), "mm_encoder_outputs": outputs}
+
+
+def _choose(
+    adapter: Adapter,
+    reducer: Reducer,
+    work: Work,
+    kinds: Tensor,
+    records: Mapping[str, VisionRecord],
+    embeds: Tensor,
+    real: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Tokens (B, S) that stay, and the embeddings (B, S, D) with what was merged into them."""
+    prompt = Prompt.of(place(adapter, kinds, records, real, reducer.encoder_reads()), real, None, None)
+    visibility = Visibility(adapter, {}, None, real, None, 0)
+    prefill = Prefill(adapter, prompt, visibility, embeds, reducer.newlines, False)
+    cut = None
+    if not work.idle:
+        with without_autocast(embeds.device):
+            cut = reducer.before_llm(prefill.context)
+    cut = Cut(prefill.context.valid) if cut is None else cut
+    return prefill.group.stays(cut, prefill.context.held) & real, prefill.group.rewritten(embeds, cut)
 
 
 def _check(model: nn.Module, adapter: Adapter, reducer: Reducer) -> None:

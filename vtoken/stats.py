@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vtoken.context import Cut, VisualContext
+from vtoken.context import Cut
 from vtoken.light import LightLayer
 
 
@@ -46,9 +46,9 @@ class Stats:
     """(I,) long: tokens of each image that the vision tower left; None if nothing was dropped inside of it."""
     _groups: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def add_group(self, layer: int, ctx: VisualContext, cut: Cut | None) -> None:
-        """Remember which tokens of each image are left from ``layer`` on."""
-        self._groups.append((layer, ctx.valid))
+    def add_group(self, layer: int, left: Tensor, cut: Cut | None) -> None:
+        """Remember which tokens (I, N) of each image are left from ``layer`` on."""
+        self._groups.append((layer, left))
         if cut is not None and cut.source is not None:
             self.sources.append((layer, cut.source))
 

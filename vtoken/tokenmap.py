@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from vtoken.adapters import Adapter, adapter_for
 from vtoken.context import NEWLINE, VisualContext
-from vtoken.encode import encode, real_tokens
-from vtoken.reducers.base import Reducer
-from vtoken.session import Session
+from vtoken.engine.encode import encode, real_tokens
+from vtoken.engine.prompt import build_context
+from vtoken.engine.tower import VisionReader
 from vtoken.stats import Stats
-from vtoken.tower import VisionReader
 from vtoken.wrapping import session_of
 
 
@@ -87,7 +86,7 @@ def token_map(model: nn.Module, inputs: Mapping[str, Any], sizes: Sequence[tuple
     _, records = encode(adapter, VisionReader(adapter, (), False), inputs)
     kinds = adapter.modality(inputs["input_ids"], None)
     blank = torch.zeros(*kinds.shape, 1, dtype=torch.float32, device=kinds.device)
-    ctx = Session(adapter, Reducer(), "keep", "drop").context(kinds, records, blank, real_tokens(inputs))
+    ctx = build_context(adapter, kinds, records, blank, real_tokens(inputs))
     found, boxes = _boxes(adapter, ctx, sizes)
     row, position = ctx.visual.nonzero().cpu().unbind(1)
     image, slot = ctx.item[ctx.visual].cpu(), ctx.slot[ctx.visual].cpu()

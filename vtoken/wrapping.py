@@ -13,20 +13,43 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vtoken.adapters import adapter_for
+from vtoken.engine.session import Session
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
-from vtoken.session import Session
 from vtoken.stats import Stats
 
 Model = TypeVar("Model", bound=nn.Module)
 ATTRIBUTE = "_vtoken_session"
 POSITIONS = ("keep", "compact", "paper")
 BACKENDS = ("drop", "mask")
+SHELLS = ("DistributedDataParallel", "FullyShardedDataParallel")
+"""Modules that hold the model under ``module`` and are called in its place."""
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """The model itself, of one that was compiled or given to a data-parallel wrapper.
+
+    Raises
+    ------
+    TypeError
+        If the wrapper runs copies of the model in threads.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise TypeError(
+                "torch.nn.DataParallel runs copies of the model in threads, which share one pass's state: wrap each "
+                "copy in a process of its own (DistributedDataParallel)."
+            )
+        if (within := vars(model).get("_modules", {}).get("_orig_mod")) is None:
+            if type(model).__name__ not in SHELLS:
+                return model
+            within = model.module  # type: ignore[assignment]
+        model = within  # type: ignore[assignment]
 
 
 def session_of(model: nn.Module) -> Session | None:
     """The session that `wrap` left on a model."""
-    return vars(model).get(ATTRIBUTE)
+    return vars(inside(model)).get(ATTRIBUTE)
 
 
 def wrap(
@@ -42,7 +65,8 @@ def wrap(
     Parameters
     ----------
     model : nn.Module
-        A model that `vtoken.adapters` knows. It is changed in place, by hooks.
+        A model that `vtoken.adapters` knows, also one without a head (``AutoModel``), compiled, or inside of
+        DistributedDataParallel. It is changed in place, by hooks.
     reducer : str, mapping, Path or Reducer
         See `vtoken.get_reducer`.
     positions : {"keep", "compact", "paper"}
@@ -73,8 +97,8 @@ def wrap(
         positions = built.positions
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
-    session = Session(adapter_for(model), built, positions, backend)
-    _attach(model, session)
+    session = Session(adapter_for(inside(model)), built, positions, backend)
+    _attach(inside(model), session)
     return model
 
 
@@ -107,8 +131,8 @@ def unwrap(model: Model) -> Model:
     if (session := session_of(model)) is None:
         raise ValueError("The model is not wrapped, so there is nothing to undo: call vtoken.wrap(model, ...) first.")
     session.detach()
-    object.__delattr__(model, ATTRIBUTE)
-    object.__delattr__(model, "__deepcopy__")
+    for name in (ATTRIBUTE, "__deepcopy__"):
+        object.__delattr__(inside(model), name)
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtoken.context import NEWLINE, Attention, Cut, ItemLayout, VisualContext
 from vtoken.encoder import EncoderRead
+from vtoken.ops.ragged import compact, gather
 from vtoken.reducers.base import Reducer
 from vtoken.reducers.rows import question_rows
-from vtoken.sequence import compact, gather
 
 WIDTH, TOWER_WIDTH, HEADS, DEPTH = 16, 8, 3, 8
 
@@ -182,16 +182,20 @@ def run(reducer: Reducer, ctx: VisualContext) -> list[VisualContext]:
     layers, taps = reducer.layers(DEPTH), reducer.taps(DEPTH)
     for layer in range(DEPTH):
         if layer in layers:
-            ctx.layer, now = layer, ctx
-            ctx.peek = lambda what, layer=layer, now=now: attend(now, layer, what)
-            ctx.rerun = lambda keep, now=now: now.hidden
+            now = ctx
+            ctx = replace(
+                ctx,
+                layer=layer,
+                peek=lambda what, layer=layer, now=now: attend(now, layer, what),
+                rerun=lambda keep, now=now: now.hidden,
+            )
             cut = reducer.at_layer(layer, ctx)
             if cut is not None:
                 check_cut(cut, ctx)
                 ctx = ctx.after(cut)
                 steps.append(ctx)
         if layer in taps:
-            ctx.attention[layer] = attend(ctx, layer, taps[layer])
+            ctx = replace(ctx, attention={**ctx.attention, layer: attend(ctx, layer, taps[layer])})
     return steps
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_a_batch_gives_each_row_what_it_gives_alone(name):
 def test_it_reads_only_what_it_declares(name):
     reducer = build(name)
     ctx = context(reducer)
-    ctx.encoder = {read: ctx.encoder[read] for read in reducer.encoder_reads()}
+    ctx = replace(ctx, encoder={read: ctx.encoder[read] for read in reducer.encoder_reads()})
     run(reducer, ctx)
 
 
@@ -137,9 +138,11 @@ BLIND = {"random", "uniform", "vtw", "dyvte", "ima", "yopo"}  # choose without l
 def test_features_that_are_not_finite_are_named(name):
     reducer = build(name)
     ctx = context(reducer)
-    ctx.hidden = ctx.hidden.masked_fill(ctx.visual[..., None], float("nan"))
-    ctx.projector_input = torch.full_like(ctx.projector_input, float("nan"))
-    ctx.encoder = {read: torch.full_like(ctx.encoder[read], float("nan")) for read in reducer.encoder_reads()}
+    ctx = replace(ctx, hidden=ctx.hidden.masked_fill(ctx.visual[..., None], float("nan")))
+    ctx = replace(ctx, projector_input=torch.full_like(ctx.projector_input, float("nan")))
+    ctx = replace(
+        ctx, encoder={read: torch.full_like(ctx.encoder[read], float("nan")) for read in reducer.encoder_reads()}
+    )
     with pytest.raises(ValueError, match=r"not finite|NaN"):
         run(reducer, ctx)
 
@@ -267,5 +270,5 @@ def test_the_helper_tower_is_the_same_alone():
 def test_a_choice_that_does_not_use_the_text_does_not_depend_on_it(name):
     reducer = build(name)
     ctx, other = context(reducer), context(reducer)
-    other.hidden = torch.where(other.text[..., None], other.hidden.flip(2) * 3, other.hidden)
+    other = replace(other, hidden=torch.where(other.text[..., None], other.hidden.flip(2) * 3, other.hidden))
     assert torch.equal(run(reducer, ctx)[-1].valid, run(reducer, other)[-1].valid)

@@ -11,7 +11,8 @@ from oracles import visual_and_real
 
 import vtoken
 from vtoken.cli.catalogue import describe
-from vtoken.light import LightLayer, neighbours
+from vtoken.engine.light import neighbours
+from vtoken.light import LightLayer
 from vtoken.reducers.heads import active_heads
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -70,7 +72,7 @@ def test_fopru_row_keeps_whole_rows_of_the_grid():
     scores = torch.rand(6, 6, generator=torch.Generator().manual_seed(0))
     scores[[1, 4]] += 5
     ctx = make_context(GRID)
-    ctx.encoder = {read: scores.view(1, 36), EncoderRead("given", -2): torch.full((1, 36), 1 / 36)}
+    ctx = replace(ctx, encoder={read: scores.view(1, 36), EncoderRead("given", -2): torch.full((1, 36), 1 / 36)})
     assert kept(vtoken.FoPru(keep=12, strategy="row"), ctx) == [*range(6, 12), *range(24, 30)]
     part = kept(vtoken.FoPru(keep=14, strategy="row"), ctx)
     third = [t for t in part if t // 6 not in (1, 4)]
@@ -84,7 +86,7 @@ def test_fopru_uses_the_score_that_varies_more_in_each_view():
     flat, sharp = torch.full((1, 36), 0.1), random(0, 1, 36).softmax(1)
     received = torch.cat([sharp[:, :12], flat[:, 12:]], 1)
     given = torch.cat([flat[:, :12], sharp[:, 12:]], 1)
-    ctx.encoder = {EncoderRead("received", -2): received, EncoderRead("given", -2): given}
+    ctx = replace(ctx, encoder={EncoderRead("received", -2): received, EncoderRead("given", -2): given})
     wanted = [int(part.argmax()) + 12 * i for i, part in enumerate(sharp.view(3, 12))]
     assert kept(vtoken.FoPru(keep=3), ctx) == wanted
 
@@ -103,7 +105,7 @@ def test_todre_starts_in_the_thumbnail_where_cls_looks():
     ctx = make_context(ANYRES)
     scores = torch.rand(1, ctx.longest, generator=torch.Generator().manual_seed(1))
     scores[0, 20], scores[0, 9] = 5.0, 4.0  # token 20 is in a crop
-    ctx.encoder = {EncoderRead("best", -1): scores}
+    ctx = replace(ctx, encoder={EncoderRead("best", -1): scores})
     assert kept(vtoken.ToDRE(keep=1), ctx) == [9]
 
 
@@ -156,7 +158,7 @@ def test_zooprune_in_chunks_is_the_same(monkeypatch):
 
 def test_zooprune_refuses_models_that_show_no_projector_or_merge_tokens():
     ctx = make_context(GRID)
-    ctx.projector = None
+    ctx = replace(ctx, projector=None)
     with pytest.raises(ValueError, match="does not show"):
         vtoken.ZOOPrune().before_llm(ctx)
     with pytest.raises(ValueError, match="merging projector"):
@@ -176,7 +178,7 @@ def test_globalcom2_gives_more_to_crops_the_thumbnail_looks_at():
     scores = ctx.encoder[read].clone()
     seen = (ctx.view[0] == 0) & (ctx.layouts[0].row >= 2) & (ctx.layouts[0].column >= 2)
     scores[0, seen] += 30
-    ctx.encoder = {read: scores}
+    ctx = replace(ctx, encoder={read: scores})
     cut = vtoken.GlobalCom2(keep=0.4).before_llm(ctx)
     view = ctx.view[0][cut.keep[0]]
     counts = [int((view == v).sum()) for v in range(1, 5)]
@@ -217,7 +219,7 @@ def test_prumerge_holds_the_rest_in_one_token_and_adaptive_counts_outliers():
     weight = torch.full((1, 36), 0.01)
     weight[0, [3, 8, 20]] = torch.tensor([0.3, 0.2, 0.4])
     keys = random(2, 1, 36, 8)
-    ctx.encoder = {EncoderRead("best", -1): weight, EncoderRead("keys", -1): keys}
+    ctx = replace(ctx, encoder={EncoderRead("best", -1): weight, EncoderRead("keys", -1): keys})
     cut = vtoken.PruMerge(keep=18, adaptive=True, neighbours=0).before_llm(ctx)
     assert cut.keep[0].nonzero()[:, 0].tolist() == [0, 3, 8, 20]  # slot 0 holds the rest
     rest = [t for t in range(36) if t not in (3, 8, 20)]
@@ -233,7 +235,7 @@ def test_vispruner_drops_duplicates_first():
     ctx = make_context(GRID)
     places = ctx.visual[0].nonzero()[:, 0]
     ctx.hidden[0, places[10::2]] = ctx.hidden[0, places[11::2]]  # behind the ten important ones, in pairs
-    ctx.encoder = {EncoderRead("best", -2): torch.linspace(1, 0.1, 36)[None]}
+    ctx = replace(ctx, encoder={EncoderRead("best", -2): torch.linspace(1, 0.1, 36)[None]})
     chosen = kept(vtoken.VisPruner(keep=28, important=10 / 28), ctx)
     assert chosen[:10] == list(range(10))
     assert len({t // 2 for t in chosen[10:]}) == 13  # one of each pair at least: eight duplicates went
@@ -254,7 +256,7 @@ def test_holov_hands_the_surplus_of_a_full_segment_on():
 
 def test_holov_serves_every_segment():
     ctx = make_context(GRID)
-    ctx.encoder = {EncoderRead("best", -2): torch.linspace(1, 2, 36)[None]}
+    ctx = replace(ctx, encoder={EncoderRead("best", -2): torch.linspace(1, 2, 36)[None]})
     chosen = torch.tensor(kept(vtoken.HoloV(keep=12, segments=6), ctx))
     assert (chosen // 6).unique().tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -269,7 +271,7 @@ def test_hiprune_neighbours_stay_on_their_side_of_the_picture():
 def test_scope_covers_clusters():
     ctx = make_context(GRID)
     ctx.hidden[ctx.visual] = torch.eye(WIDTH)[:6].repeat_interleave(6, 0) + 0.01 * random(0, 36, WIDTH)
-    ctx.encoder = {EncoderRead("best", -2): torch.ones(1, 36)}
+    ctx = replace(ctx, encoder={EncoderRead("best", -2): torch.ones(1, 36)})
     assert {t // 6 for t in kept(vtoken.SCOPE(keep=6), ctx)} == set(range(6))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtoken.ops.common import EPS, finite
-from vtoken.sequence import gather
+from vtoken.ops.ragged import gather
 
 CHUNK = 512  # rows of similarities held at a time
 FEW = 6  # columns that are computed as rows: the other way round is as slow for one as for sixteen

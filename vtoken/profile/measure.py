@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vtoken.adapters import adapter_for
-from vtoken.cache import cache_bytes
+from vtoken.engine.cache import cache_bytes
 from vtoken.profile.attention import fastest_attention
 from vtoken.profile.flops import prefill_flops
 from vtoken.profile.memory import peak_bytes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtoken.cache import cache_bytes
+from vtoken.engine.cache import cache_bytes
 from vtoken.profile.clock import now, vision_clock
 from vtoken.reducers.base import Reducer
 from vtoken.wrapping import reduce

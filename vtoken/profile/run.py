@@ -53,43 +53,23 @@ class Run:
     end_to_end: float
 
 
-class _Decisions:
-    """Stands in for a reducer and reports what its decisions take."""
-
-    def __init__(self, reducer: Any, meter: Callable[[], float]) -> None:
-        self.reducer, self.meter = reducer, meter
-        self.total = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.reducer, name)
-
-    def before_llm(self, *args: Any) -> Any:
-        return self._metered(self.reducer.before_llm, *args)
-
-    def at_layer(self, *args: Any) -> Any:
-        return self._metered(self.reducer.at_layer, *args)
-
-    def _metered(self, decide: Callable, *args: Any) -> Any:
-        before = self.meter()
-        try:
-            return decide(*args)
-        finally:
-            self.total += self.meter() - before
-
-
 @contextlib.contextmanager
 def decisions(model: nn.Module, meter: Callable[[], float]) -> Iterator[Callable[[], float]]:
     """What the reducer of a wrapped model adds to ``meter`` while it decides; 0 for an unwrapped model."""
-    session = session_of(model)
+    session, spent = session_of(model), [0.0]
     if session is None:
         yield lambda: 0.0
         return
-    watched: Any = _Decisions(session.reducer, meter)
-    session.reducer = watched
-    try:
-        yield lambda: watched.total
-    finally:
-        session.reducer = watched.reducer
+
+    def metered(decide: Callable[[], Any]) -> Any:
+        before = meter()
+        try:
+            return decide()
+        finally:
+            spent[0] += meter() - before
+
+    with session.metered(metered):
+        yield lambda: spent[0]
 
 
 def run_once(model: nn.Module, reducer: Reducer | None, inputs: Mapping[str, Any], new_tokens: int) -> Run:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from vtoken.context import Attention, Cut, VisualContext
 from vtoken.ops import page_rank
+from vtoken.ops.ragged import compact, gather
 from vtoken.reducers.base import Assignment, MergeReducer, best_candidates
 from vtoken.reducers.checks import check_count, check_number, check_place, layer_at
 from vtoken.reducers.rounds import merge_views
 from vtoken.reducers.rows import rows_at
 from vtoken.registry import register
-from vtoken.sequence import compact, gather
 
 
 @register("aim")

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from vtoken.budget import Keep, check_keep, is_identity
+from vtoken.budget import Keep, budget, check_keep, is_identity
 from vtoken.context import Cut, ItemLayout, TowerContext, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.light import LightLayer
@@ -80,14 +80,13 @@ class Reducer:
         return self if type(self).picture_grid is not Reducer.picture_grid and not self.is_identity else None
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        """Decoder layers, of ``depth``, before which `at_layer` is called."""
+        """Decoder layers, of ``depth``, before which `at_layer` is called; ``depth`` to look behind the last one."""
         return ()
 
     def taps(self, depth: int) -> dict[int, str]:
         """Decoder layers whose attention rows are recorded in ``ctx.attention``.
 
-        The rows are ``"last"`` (the last text token), ``"text"`` (all text), ``"question"`` (text after the last
-        visual token) or ``"all"``.
+        The rows are ``"last"``, ``"text"``, ``"question"`` or ``"all"``, see `VisualContext.rows`.
         """
         return {}
 
@@ -233,9 +232,9 @@ class LayerReducer(KeepReducer):
 
 def stage_budget(ctx: VisualContext, keep: Keep, stage: int, stages: int) -> Tensor:
     """(I,) long: tokens of each item after ``stage`` of ``stages`` cuts that shrink it by the same factor."""
-    tokens = ctx.budget(1.0)
-    share = ctx.budget(keep) / tokens.double() if isinstance(keep, int) else tokens.new_tensor(keep, dtype=torch.double)
-    return (tokens * share ** (stage / stages)).round().long().clamp(min=1)
+    tokens = ctx.counted.double()
+    share: Any = budget(keep, ctx.counted) / tokens if isinstance(keep, int) else keep
+    return ctx.to_choose((tokens * share ** (stage / stages)).round().long().clamp(min=1))
 
 
 def with_newlines(keep: Tensor, ctx: VisualContext, wanted: Tensor) -> Tensor:
@@ -243,6 +242,8 @@ def with_newlines(keep: Tensor, ctx: VisualContext, wanted: Tensor) -> Tensor:
     if not ctx.has_newlines:
         return keep
     newline = ctx.newline & ctx.valid
+    if ctx.held is not None:  # stays anyway, and is counted already
+        newline = newline & ~ctx.held
     if ctx.newlines == "keep":
         return keep | newline
     return keep | (newline & (newline.cumsum(1) <= (wanted - keep.sum(1))[:, None]))

@@ -11,11 +11,11 @@ from torch import Tensor
 from vtoken.context import Cut, VisualContext
 from vtoken.ops import top_k
 from vtoken.ops.common import index_mask, unit_vectors
+from vtoken.ops.ragged import gather
 from vtoken.reducers.base import KeepReducer, with_newlines
 from vtoken.reducers.checks import check_count, check_place, layer_at
 from vtoken.reducers.rows import question_rows
 from vtoken.registry import register
-from vtoken.sequence import gather
 
 
 @register("dart")

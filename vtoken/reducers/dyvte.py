@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from vtoken.registry import register
 THRESHOLDS = {"attention": 0.10, "contribution": 0.10, "convergence": 0.001}
 EXITS = (*THRESHOLDS, "gate")
 ROWS = {"attention": "question", "contribution": "last"}
+STREAK, WITHOUT = "dyvte streak", "dyvte without"
+"""Notes: checks passed in a row, and what the next layer makes of the text alone."""
 
 
 @register("dyvte")
@@ -105,12 +107,15 @@ class DyVTE(Reducer):
 
     def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
         """Drop every visual token of the rows that have been quiet for ``patience`` checks."""
+        notes = {}
+        if self.exit == "convergence" and layer + 1 < ctx.depth and ctx.rerun is not None:
+            notes[WITHOUT] = question_summary(ctx, ctx.rerun(ctx.text))
         quiet = self._quiet(layer, ctx)
         if quiet is None:
-            return None
-        streak = torch.where(quiet, ctx.scratch.get("dyvte", torch.zeros_like(quiet).long()).to(quiet.device) + 1, 0)
-        ctx.scratch["dyvte"] = streak
-        return leave(ctx, streak >= self.patience)
+            return Cut(ctx.valid, notes=notes)
+        before = ctx.notes.get(STREAK, torch.zeros_like(quiet).long()).to(quiet.device)
+        streak = torch.where(quiet, before + 1, 0)
+        return replace(leave(ctx, streak >= self.patience), notes={**notes, STREAK: streak})
 
     def _quiet(self, layer: int, ctx: VisualContext) -> Tensor | None:
         """(B,) bool: rows that no longer needed visual tokens in the layer before; None if that was not looked at."""
@@ -121,7 +126,5 @@ class DyVTE(Reducer):
             return text_to_visual(rows_at(ctx, layer - 1), ctx.visual) < threshold
         if self.exit == "contribution":
             return contribution(rows_at(ctx, layer - 1), ctx.visual) < threshold
-        without = ctx.scratch.pop("dyvte without", None)
-        if layer + 1 < ctx.depth and ctx.rerun is not None:
-            ctx.scratch["dyvte without"] = question_summary(ctx, ctx.rerun(ctx.text))
+        without = ctx.notes.get(WITHOUT)  # of the layer before, as every layer from the first check on is asked
         return None if without is None else divergence(ctx, without) < threshold

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from vtoken.context import Attention, VisualContext
+from vtoken.ops.ragged import gather
 from vtoken.reducers.rows import question_rows
-from vtoken.sequence import gather
 
 
 def question_summary(ctx: VisualContext, states: Tensor | None = None) -> Tensor:

@@ -31,8 +31,17 @@ class HeadRatios(Reducer):
     def __post_init__(self) -> None:
         object.__setattr__(self, "_seen", [])
 
-    def before_llm(self, ctx: VisualContext) -> Cut | None:
-        self._seen.append(ctx)  # type: ignore[attr-defined]
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (depth,)
+
+    def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
+        """Measure, behind the last layer."""
+        shares = []
+        for rows in (ctx.attention[layer] for layer in range(ctx.depth)):
+            received = (rows.probabilities.float() * rows.valid[:, None, :, None]).sum(2)
+            visual, text = (received * here[:, None].to(received.device) for here in (ctx.visual, ctx.text))
+            shares.append((visual.sum(2) / text.sum(2)).cpu())
+        self._seen.append(torch.stack(shares, 1)[ctx.visual.any(1).cpu()])  # type: ignore[attr-defined]
         return None
 
     def taps(self, depth: int) -> dict[int, str]:
@@ -48,14 +57,7 @@ class HeadRatios(Reducer):
         """
         if not self._seen:  # type: ignore[attr-defined]
             raise ValueError("A calibration sample has no picture: pass what the processor returns for one.")
-        ctx = self._seen.pop()  # type: ignore[attr-defined]
-        shares = []
-        for layer in range(ctx.depth):
-            rows = ctx.attention[layer]
-            received = (rows.probabilities.float() * rows.valid[:, None, :, None]).sum(2)
-            visual, text = (received * here[:, None] for here in (ctx.visual, ctx.text))
-            shares.append(visual.sum(2) / text.sum(2))
-        return torch.stack(shares, 1)[ctx.visual.any(1)].cpu()
+        return self._seen.pop()  # type: ignore[attr-defined]
 
 
 def active_heads(ratios: Tensor, threshold: float, majority: float = 0.4, keep_first: int = 2) -> Heads:

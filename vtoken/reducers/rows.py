@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from vtoken.context import Attention, Cut, VisualContext
-from vtoken.sequence import compact
 
 
 def rows_at(ctx: VisualContext, layer: int) -> Attention:
@@ -43,10 +42,8 @@ def text_to_visual(attention: Attention, visual: Tensor) -> Tensor:
 
 
 def question_rows(ctx: VisualContext) -> tuple[Tensor, Tensor]:
-    """Positions (B, R) of the rows that a ``"question"`` tap records, right aligned, and which are real."""
-    behind = ctx.visual.flip(1).cumsum(1).flip(1) == 0
-    wanted = ctx.text & behind
-    return compact(torch.where(wanted.any(1, keepdim=True), wanted, ctx.text))
+    """Places (B, R) of the rows that a ``"question"`` tap records, right aligned, and which are real."""
+    return ctx.rows("question")
 
 
 def leave(ctx: VisualContext, rows: Tensor) -> Cut:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from vtoken.context import Attention, Cut, VisualContext
 from vtoken.ops import cluster_merge, density_peaks, top_k
+from vtoken.ops.ragged import gather
 from vtoken.reducers.base import KeepReducer, check_features, check_scores, stage_budget, with_newlines
 from vtoken.reducers.checks import check_count, check_flag, layer_at, places
 from vtoken.reducers.rows import mean_over_rows, question_rows, rows_at
 from vtoken.registry import register
-from vtoken.sequence import gather
 
-RATERS = "sparsevlm"
+RATERS = "sparsevlm raters"
 
 
 @register("sparsevlm")
@@ -69,10 +69,9 @@ class SparseVLM(KeepReducer):
         return {layer - 1: "question" for layer in self._cuts(depth)}
 
     def at_layer(self, layer: int, ctx: VisualContext) -> Cut | None:
-        """Choose the raters at layer 0, cut at the others."""
+        """Choose the raters at layer 0, where everything stays; cut at the others."""
         if layer == 0:
-            ctx.scratch[RATERS] = raters(ctx)
-            return None
+            return Cut(ctx.valid, notes={RATERS: raters(ctx)})
         cuts = self._cuts(ctx.depth)
         wanted = stage_budget(ctx, self.keep, cuts.index(layer) + 1, len(cuts))
         budget = torch.minimum(wanted, ctx.candidates.sum(1))
@@ -85,7 +84,7 @@ class SparseVLM(KeepReducer):
 
     def _scores(self, ctx: VisualContext, layer: int) -> Tensor:
         attention = rows_at(ctx, layer - 1)
-        chosen = ctx.scratch[RATERS].to(attention.valid.device)
+        chosen = ctx.notes[RATERS].to(attention.valid.device)
         if self.heads is not None:
             visual = attention.probabilities * ctx.visual[:, None, None] * attention.valid[:, None, :, None]
             best = strongest_heads(visual, self.heads)

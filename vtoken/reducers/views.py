@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtoken.budget import share_out
 from vtoken.context import VisualContext
-from vtoken.sequence import gather
+from vtoken.ops.ragged import gather
 
 NO_VIEW = -3  # no token carries it: -1 is a newline, -2 padding
 

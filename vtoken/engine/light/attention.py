@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from vtoken.light.layer import LightLayer
-from vtoken.light.plan import BandPlan, RowPlan, See, grid_cells, visible_keys
+from vtoken.engine import masks
+from vtoken.engine.light.plan import BandPlan, RowPlan, See, grid_cells
+from vtoken.light import LightLayer
 
 if TYPE_CHECKING:
-    from vtoken.prefill import Prefill
+    from vtoken.engine.prefill import Prefill
 
 UNKNOWN = ("softcap", "s_aux", "position_bias")
 """Arguments of attention backends that change what is computed here."""
@@ -67,7 +68,7 @@ class LightAttention:
         length, light = query.shape[2], self.light
         columns = self.prefill.stored_columns(self.layer, length)
         sums = _Sums(query, key[:, :, :columns], value[:, :, :columns], kwargs)
-        see = visible_keys(module, mask, length, columns, kwargs)
+        see = self._visible(module, mask, (length, columns), kwargs)
         same = columns, kwargs.get("sliding_window"), query.device
         plan = functools.partial(self._plan, mask=mask, see=see, same=same)
         every = list(range(query.shape[1]))
@@ -82,12 +83,24 @@ class LightAttention:
             sums.bands(active, plan("grid"))
         return sums.out
 
+    def _visible(self, module: nn.Module, mask: Any, shape: tuple[int, int], kwargs: dict[str, Any]) -> See:
+        """Which keys query rows (B, R) of the layer may see: (B, R, K) bool."""
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        documents = self.prefill.documents_of(self.prefill.group)
+
+        def see(rows: Tensor) -> Tensor:
+            own = None if documents is None else documents.to(rows.device)
+            return masks.seen_in(masks.rows_seen(mask, rows, shape, causal, kwargs.get("sliding_window"), own))[:, 0]
+
+        return see
+
     def _own_mask(self, mask: Tensor | None, see: See, query: Tensor, columns: int) -> Tensor | None:
         """The 4-D mask of all rows, None where they are causal and nothing else."""
         rows, length = query.shape[0], query.shape[2]
-        if mask is not None and mask.dim() == 4:
+        if isinstance(mask, Tensor) and mask.dim() == 4:
             return mask[..., :columns]
-        if mask is None and columns == length:
+        if mask is None and columns == length and self.prefill.prompt.document is None:
             return None
         return see(torch.arange(length, device=query.device).expand(rows, -1))[:, None]
 
@@ -99,13 +112,13 @@ class LightAttention:
         return self.plans[key][0]
 
     def _make_plan(self, what: str, see: See, device: torch.device) -> RowPlan | BandPlan:
-        ctx = self.prefill.ctx
+        group = self.prefill.group.to(device)
         if what == "text":
-            return RowPlan.of(ctx.text.to(device), see)
-        cells = grid_cells(ctx, device)
+            return RowPlan.of(group.text & group.valid, see)
+        cells = grid_cells(group, self.prefill.prompt.placed.table)
         grid = cells[0] >= 0
         if what == "separators":
-            return RowPlan.of(ctx.visual.to(device) & ~grid, see)
+            return RowPlan.of(group.visual & ~grid, see)
         return BandPlan.of(grid, cells, self.light.window or 1, see)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtoken.adapters.base import MODALITIES, Adapter
-from vtoken.tower import VisionReader, VisionRecord
+from vtoken.engine.tower import VisionReader, VisionRecord
 
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 

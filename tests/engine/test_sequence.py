@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtoken.sequence import compact, gather, restore
+from vtoken.ops.ragged import compact, gather, restore
 
 
 def ragged(rows=3, tokens=11):

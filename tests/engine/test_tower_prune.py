@@ -16,7 +16,7 @@ from oracles import GREEDY, TOLERANCE, alone, extended, generate
 import vtoken
 from vtoken.adapters import adapter_for
 from vtoken.encoder import EncoderRead
-from vtoken.tower import feature_list
+from vtoken.engine.tower import feature_list
 
 BLOCK = 1
 MERGED = {"internvl": 2}  # patches per token and axis

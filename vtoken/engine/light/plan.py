@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which query rows of a batch are computed together, and which keys they see.
 
+Who may see whom at all is asked of `vtoken.engine.masks`.
+
 B rows, S tokens that the layer works on, K keys (cached ones first).
 """
 
@@ -8,16 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from vtoken.context import VisualContext
-from vtoken.light.neighbours import bands, neighbours
-from vtoken.sequence import compact, gather
+from vtoken.context import ItemTable
+from vtoken.engine.light.neighbours import bands, neighbours
+from vtoken.ops.ragged import compact, gather, spread
+
+if TYPE_CHECKING:
+    from vtoken.engine.prefill import Group
 
 See = Callable[[Tensor], Tensor]
 """Query rows (B, R) long to the keys that each may see: (B, R, K) bool."""
@@ -98,39 +103,16 @@ class BandPlan:
         return cls(here, pad(index, room), pad(valid, room), columns, _something(seen.flatten(0, 1))[:, None])
 
 
-def visible_keys(module: nn.Module, mask: Tensor | None, length: int, columns: int, kwargs: dict[str, Any]) -> See:
-    """What each of ``length`` query rows of a layer may see of ``columns`` keys, from the mask that it was given.
-
-    Parameters
-    ----------
-    mask : Tensor or None
-        A prepared 4-D mask, a 2-D padding mask (flash attention), or None: causal if the module is.
-    """
-
-    def see(rows: Tensor) -> Tensor:
-        if mask is not None and mask.dim() == 4:
-            allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, :columns]
-            return gather(allowed, rows)
-        allowed = rows.new_ones(*rows.shape, columns, dtype=torch.bool)
-        causal = kwargs.get("is_causal")
-        if getattr(module, "is_causal", True) if causal is None else causal:
-            behind = rows[..., None] + columns - length - torch.arange(columns, device=rows.device)
-            allowed = (behind >= 0) & (behind < (kwargs.get("sliding_window") or columns))
-        return allowed if mask is None else allowed & mask[:, None, -columns:].bool()
-
-    return see
-
-
-def grid_cells(ctx: VisualContext, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def grid_cells(group: Group, table: ItemTable) -> tuple[Tensor, Tensor, Tensor]:
     """View (numbered through the batch, -1 without one), row and column (B, S) of every token."""
+    item, slot = group.item, group.slot
     row, column = (
-        ctx.per_token(pad_sequence([getattr(layout, name) for layout in ctx.layouts], True).to(ctx.item.device))
+        spread(pad_sequence([getattr(layout, name) for layout in table.layouts], True).to(item.device), item, slot)
         for name in ("row", "column")
     )
-    most = max(len(layout.grids) for layout in ctx.layouts)
-    view = ctx.per_token(ctx.view, -1)
-    view = torch.where(view >= 0, view + ctx.item * most, -1)
-    return view.to(device), row.to(device), column.to(device)
+    most = max(len(layout.grids) for layout in table.layouts)
+    view = spread(table.view.to(item.device), item, slot, -1)
+    return torch.where(view >= 0, view + item * most, -1), row, column
 
 
 def _something(seen: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ragged row surgery on left-padded batches: pure tensor functions, no model knowledge.
+"""Ragged row surgery on batches: pure tensor functions; what they know of models is left padding.
 
 Shapes: B rows, S tokens before a cut, n tokens after it (the longest row), D channels.
 """
@@ -62,41 +62,6 @@ def gather(x: Tensor, index: Tensor, dim: int = 1, batch: int = 0) -> Tensor:
     return x.gather(dim, index.view(shape).expand(size))
 
 
-def hidden_value(mask: Tensor) -> Tensor:
-    """What a prepared attention mask (bool or additive) holds where a key is hidden."""
-    value = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return torch.tensor(value, dtype=mask.dtype, device=mask.device)
-
-
-def gather_mask(mask: Tensor, index: Tensor, valid: Tensor, past: int = 0) -> Tensor:
-    """Cut the rows and the new columns of a prepared mask.
-
-    Parameters
-    ----------
-    mask : Tensor
-        (B or 1, H or 1, S, KV) bool or additive; columns ``past : past + S`` are the new tokens. In a static cache
-        KV is larger than that, and the freed slots become hidden.
-    index, valid : Tensor
-        As returned by `compact`.
-
-    Returns
-    -------
-    Tensor
-        (B, H or 1, n, past + n), or (B, H or 1, n, KV) for a static cache.
-    """
-    rows, n = index.shape
-    mask = mask.expand(rows, -1, -1, -1)
-    kv, length = mask.shape[-1], mask.shape[2]
-    cut = gather(mask, index, dim=2)
-    off = hidden_value(mask)
-    new = gather(cut[..., past : past + length], index, dim=3)
-    new = torch.where(valid[:, None, None, :].to(cut.device), new, off)
-    parts = [cut[..., :past], new]
-    if (unused := kv - past - length) > 0:
-        parts.append(off.expand(rows, cut.shape[1], n, unused + length - n))
-    return torch.cat(parts, -1)
-
-
 def restore(hidden: Tensor, keep: Tensor) -> Tensor:
     """Bring compacted states back to full length.
 
@@ -119,3 +84,23 @@ def restore(hidden: Tensor, keep: Tensor) -> Tensor:
     count = keep.sum(1, keepdim=True)
     rank = (keep.cumsum(1) - 1).clamp(min=0) + (n - count)
     return gather(hidden, rank.clamp(max=n - 1).to(hidden.device))
+
+
+def spread(x: Tensor, item: Tensor, slot: Tensor, fill: float = 0.0) -> Tensor:
+    """Bring an item-wise tensor to the places of its tokens in a sequence.
+
+    Parameters
+    ----------
+    x : Tensor
+        (I, N, ...).
+    item, slot : Tensor
+        (B, S) long: which token stands at each place, -1 where there is none.
+
+    Returns
+    -------
+    Tensor
+        (B, S, ...), ``fill`` where there is no token.
+    """
+    here = item >= 0
+    found = x[item.clamp(min=0), slot.clamp(min=0)]
+    return torch.where(here.view(*here.shape, *[1] * (x.dim() - 2)), found, fill)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vtoken.attention import replaced
-from vtoken.light.attention import LightAttention
-from vtoken.light.layer import LightLayer
-from vtoken.light.rows import OnlyRows
+from vtoken.engine.light.attention import LightAttention
+from vtoken.engine.light.rows import OnlyRows
+from vtoken.engine.taps import replaced
+from vtoken.light import LightLayer
 
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
-    from vtoken.prefill import Prefill
+    from vtoken.engine.prefill import Prefill
 
 
 class LightDecoder:
@@ -78,7 +78,7 @@ class LightDecoder:
 
         def text() -> Tensor | None:
             prefill = running()
-            return None if prefill is None or prefill.aside else prefill.ctx.text
+            return None if prefill is None or prefill.is_aside else prefill.group.text
 
         handles: list[Any] = []
         for number, light in self.layers.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the visual rows of one decoder layer need not compute."""
+"""What the visual rows of one decoder layer need not compute: a value that a reducer answers with."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ from oracles import TOLERANCE, alone, extended, generate, language_model, visual
 from transformers import CompileConfig
 
 import vtoken
-from vtoken.light import LightLayer, plan
-from vtoken.light.attention import LightAttention
+from vtoken.engine.light import plan
+from vtoken.engine.light.attention import LightAttention
+from vtoken.light import LightLayer
 from vtoken.profile.flops import flop_counter
 from vtoken.reducers.heads import HeadRatios
 

@@ -35,7 +35,10 @@ class OnlyRows:
         return [module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)]
 
     def _before(self, module: nn.Module, args: tuple) -> Any:
-        rows = None if self._inside else self.rows()
+        if self._inside:
+            return None
+        self._called = None  # what a call left that raised is not this one's
+        rows = self.rows()
         return None if rows is None else self._gather(rows, args)
 
     def _after(self, module: nn.Module, args: tuple, output: Tensor) -> Any:

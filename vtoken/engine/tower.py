@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vtoken.context import ItemLayout
 from vtoken.encoder import EncoderRead, TowerCall, read_calls, separated
-from vtoken.towercut import TowerCut
+from vtoken.engine.towercut import TowerCut
 
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
@@ -56,6 +56,20 @@ class VisionRecord:
     projector_input: Tensor | None = None
     dropped: Tensor | None = None
     resampled: list[Tensor] | None = None
+
+    def pick(self, items: list[int]) -> VisionRecord:
+        """The record of such items, in their order, each as often as it is named."""
+
+        def take(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            parts = values.split(self.lengths)
+            return torch.cat([values[:0], *(parts[i] for i in items)])
+
+        maps: dict[EncoderRead, Tensor] = {read: take(values) for read, values in self.maps.items()}  # type: ignore[misc]
+        resampled = None if self.resampled is None else [self.resampled[i] for i in items]
+        lengths, layouts = [self.lengths[i] for i in items], [self.layouts[i] for i in items]
+        return VisionRecord(lengths, layouts, maps, take(self.projector_input), take(self.dropped), resampled)
 
 
 @dataclass
@@ -151,13 +165,13 @@ class VisionReader:
     ) -> None:
         self.adapter, self.reads, self.projector, self.cutter = adapter, list(reads), projector, cutter
         self.resampler = resampler
-        self.busy, self.thread = False, 0
+        self.thread: int | None = None  # the thread that encodes now; put back whatever happens
         self._signatures: dict[str, inspect.Signature] = {}  # reading one takes half a millisecond
 
     def __call__(self, original: Callable, modality: str, *args: Any, **kwargs: Any) -> Any:
-        if self.busy:  # Qwen3-VL: get_video_features calls get_image_features
-            return original(*args, **kwargs)
-        seen = self.observe(lambda: original(*args, **kwargs), modality)
+        as_tuple = kwargs.get("return_dict") is False
+        given = {**kwargs, "return_dict": True} if as_tuple else kwargs
+        seen = self.observe(lambda: original(*args, **given), modality)
         if modality not in self._signatures:
             self._signatures[modality] = inspect.signature(original)
         bound = self._signatures[modality].bind_partial(*args, **kwargs)
@@ -165,6 +179,8 @@ class VisionReader:
         record = self._record(seen, modality, call)
         if self.resampler is not None:
             record.resampled = self._resample(original, modality, call, record.layouts)
+        if as_tuple:
+            return seen.output.to_tuple(), record
         if hasattr(seen.output, "pooler_output"):
             seen.output[ITEM] = record
         return seen.output, record
@@ -174,11 +190,11 @@ class VisionReader:
         assert self.resampler is not None
         grids = [self.resampler.picture_grid(layout) for layout in layouts]
         smaller = self.adapter.resampled(modality, call, grids)
-        self.busy = True
+        self.thread = threading.get_ident()
         try:
             features = torch.cat(feature_list(original(**smaller)))
         finally:
-            self.busy = False
+            self.thread = None
         parts = features.split([rows * columns for rows, columns in grids])
         return [part.unflatten(0, grid) for part, grid in zip(parts, grids, strict=True)]
 
@@ -186,7 +202,7 @@ class VisionReader:
         """Call ``run``, which encodes pictures or clips, with the taps open."""
         calls: dict[int, list[TowerCall]] = {}
         inputs: list[Tensor] = []
-        self.busy, self.thread = True, threading.get_ident()
+        self.thread = threading.get_ident()
         try:
             cut = None if self.cutter is None else TowerCut(self.adapter, self.cutter, modality)
             with contextlib.ExitStack() as stack:
@@ -198,7 +214,7 @@ class VisionReader:
                     stack.callback(hook.remove)
                 output = run()
         finally:
-            self.busy = False
+            self.thread = None
         maps, partial = self._maps(calls, cut)
         return Observed(output, maps, partial, inputs, [] if cut is None else cut.kept)
 
@@ -278,8 +294,8 @@ def expand_items(lengths: list[int], counts: list[int]) -> list[int]:
     total = sum(lengths)
     if total == 0 or sum(counts) % total:
         raise NotImplementedError(
-            f"The prompt has {sum(counts)} visual tokens for {total} encoded ones: this transformers version adds "
-            "tokens after encoding, which cannot be placed. Use a newer transformers (LLaVA-OneVision clips need one)."
+            f"The prompt has {sum(counts)} placeholders for {total} encoded visual tokens, so that they cannot be told "
+            "apart: pass the pictures that the prompt names, and no others."
         )
     times = sum(counts) // total if total else 1
     out: list[int] = []

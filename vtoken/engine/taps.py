@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention rows of one layer under any attention backend, without a full attention matrix.
+"""Looks at the queries and keys of one attention module under any backend, or takes the backend's place.
 
 Every attention class of transformers dispatches on ``self.config._attn_implementation`` and calls
 ``fn(module, query, key, value, mask, scaling=..., ...)`` with rotated, normalised, cache-updated queries and keys. A
 tapped module gets a config proxy that names the function registered here, which looks at queries and keys and then
 calls the real backend. So SDPA and FlashAttention stay on, and rope, q-norm, fused projections and grouped heads need
-no knowledge. Masks are built from the model's own config and are not affected.
+no knowledge. Masks are built from the model's own config and are not affected. This file must not know what is read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from vtoken.precision import without_autocast
 
 BACKEND = "vtoken_tap"
 
@@ -43,8 +40,8 @@ class _ConfigProxy:
         return BACKEND
 
 
-class _SeenEnoughError(Exception):
-    """Raised by the reader of `peek` to skip the attention itself."""
+class SeenEnoughError(Exception):
+    """Raised by the reader of `stopped_at` to skip the attention itself."""
 
 
 def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *args, **kwargs):
@@ -117,73 +114,3 @@ def tap_fused(module: nn.Module, reader: Reader) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def attention_rows(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-    rows: Tensor | None = None,
-    softmax: bool = True,
-) -> Tensor:
-    """``softmax(query[rows] keyᵀ)`` in float32, as the module itself would compute it.
-
-    Parameters
-    ----------
-    query, key : Tensor
-        (B, H, Q, d) and (B, G, K, d), G dividing H.
-    mask : Tensor or None
-        A prepared 4-D mask, a 2-D padding mask (flash attention), or None: causal if the module is.
-    rows : Tensor, optional
-        (B, R) query indices; all rows if omitted.
-    softmax : bool
-        False returns the masked logits.
-
-    Returns
-    -------
-    Tensor
-        (B, H, R, K).
-    """
-    size, heads, queries, width = query.shape
-    keys = key.shape[2]
-    scale = kwargs.get("scaling") or width**-0.5
-    rows = torch.arange(queries, device=query.device).expand(size, queries) if rows is None else rows.to(query.device)
-    picked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width))
-    grouped = picked.view(size, key.shape[1], -1, rows.shape[1], width)
-    with without_autocast(query.device):
-        logits = torch.einsum("bghrd,bgkd->bghrk", grouped.float(), key.float()).reshape(size, heads, -1, keys) * scale
-    if cap := kwargs.get("softcap"):
-        logits = torch.tanh(logits / cap) * cap
-    if mask is not None and mask.dim() == 4:
-        seen = mask.expand(size, *mask.shape[1:])
-        seen = seen.gather(2, rows[:, None, :, None].expand(-1, seen.shape[1], -1, seen.shape[-1]))[..., :keys]
-        logits = logits.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else logits + seen.float()
-    else:
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, None, None, -keys:].bool(), float("-inf"))
-        causal = kwargs.get("is_causal")
-        if getattr(module, "is_causal", True) if causal is None else causal:
-            future = torch.arange(keys, device=query.device) > rows[:, None, :, None] + keys - queries
-            logits = logits.masked_fill(future, float("-inf"))
-    return logits.softmax(-1) if softmax else logits
-
-
-def peek(module: nn.Module, hidden: Tensor, position_embeddings: Any, rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention rows of ``module`` on ``hidden`` (B, S, D): its projections and rope run, its attention does not.
-
-    Returns
-    -------
-    Tensor
-        (B, H, R, S).
-    """
-    box: list[Tensor] = []
-
-    def read(module: nn.Module, query: Tensor, key: Tensor, _: Tensor | None, kwargs: dict[str, Any]) -> None:
-        box.append(attention_rows(module, query, key, mask, kwargs, rows))
-        raise _SeenEnoughError
-
-    with tap(module, read), contextlib.suppress(_SeenEnoughError):
-        module(hidden_states=hidden, position_embeddings=position_embeddings, attention_mask=None, past_key_values=None)
-    return box[0]

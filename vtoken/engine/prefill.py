@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pruned prefill: the groups of decoder layers, and the rows that each of them works on.
+
+A prefill is a list of *groups*: from layer ``start`` on, the sequence consists of the tokens ``index``, compacted to
+the right (left padding). Masks, rotary tables and position ids of a layer are taken from its group. What a reducer is
+shown is a value made from the group at work; its answer makes the next group. This file must not know hooks, and leaves
+who sees whom to `vtoken.engine.masks` and what is stored to `vtoken.engine.cache`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.context import Attention, Cut, VisualContext
+from vtoken.engine import cache as kv
+from vtoken.engine.masks import Visibility, check_flash_window, layer_type
+from vtoken.engine.prompt import Prompt, View
+from vtoken.engine.reading import Coming, table_rows
+from vtoken.ops.ragged import compact, gather, spread
+
+if TYPE_CHECKING:
+    from vtoken.adapters.base import Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The sequence that layers from ``start`` on work on.
+
+    Parameters
+    ----------
+    index : Tensor
+        (B, n) long: the kept tokens, as positions in the call's S tokens.
+    relative : Tensor
+        (B, n) long: the same as positions in the first group, the sequence that the language model was given.
+    valid : Tensor
+        (B, n) bool: False on padding (and, with the mask backend, on hidden tokens).
+    item, slot : Tensor
+        (B, n) long: which token of which item stands there, -1 elsewhere.
+    text : Tensor
+        (B, n) bool: real tokens that are no placeholder; they always stay.
+    view : View
+        The prompts in this sequence.
+    """
+
+    start: int
+    index: Tensor
+    relative: Tensor
+    valid: Tensor
+    item: Tensor
+    slot: Tensor
+    text: Tensor
+    view: View
+
+    def to(self, device: torch.device) -> Group:
+        """The same on the device of a layer, of a model whose layers live on several."""
+        if self.index.device == device:
+            return self
+        names = ("index", "relative", "valid", "item", "slot", "text")
+        view = View(*(None if x is None else x.to(device) for x in (self.view.row, self.view.index, self.view.valid)))
+        return replace(self, view=view, **{name: getattr(self, name).to(device) for name in names})
+
+    @property
+    def visual(self) -> Tensor:
+        """(B, n) bool."""
+        return self.item >= 0
+
+    def stays(self, cut: Cut, held: Tensor | None) -> Tensor:
+        """(B, n) bool: what is left of the sequence after a cut."""
+        keep = cut.keep if held is None else cut.keep | held.to(cut.keep.device)
+        return spread(keep.to(self.item.device), self.item, self.slot, False) | self.text
+
+    def rewritten(self, hidden: Tensor, cut: Cut) -> Tensor:
+        """(B, n, D): the states with the features that the cut gives to the tokens it keeps."""
+        if cut.features is None:
+            return hidden
+        stays = spread(cut.keep, self.item, self.slot, False)
+        return torch.where(stays[..., None], spread(cut.features.to(hidden.dtype), self.item, self.slot), hidden)
+
+    def taken(self, start: int, index: Tensor, valid: Tensor, prompt: Prompt, first: bool = False) -> Group:
+        """The sequence of the tokens ``index`` (B, n) of this one, ``valid`` (B, n)."""
+        item, slot = (torch.where(valid, gather(x, index), -1) for x in (self.item, self.slot))
+        text, whole = gather(self.text, index) & valid, gather(self.index, index)
+        relative = gather(self.relative, index)
+        if first:
+            relative = torch.arange(index.shape[1], device=index.device).expand(index.shape)
+        return Group(start, whole, relative, valid, item, slot, text, prompt.view(whole, valid))
+
+    def hiding(self, start: int, keep: Tensor, prompt: Prompt) -> Group:
+        """The same sequence in which only ``keep`` (B, n) is visible."""
+        item, slot = (torch.where(keep, x, -1) for x in (self.item, self.slot))
+        return Group(start, self.index, self.relative, keep, item, slot, self.text, prompt.view(self.index, keep))
+
+
+class Prefill:
+    """The state of one forward pass that brings new visual tokens.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        Where things are in the model.
+    prompt : Prompt
+        Whose token is what.
+    visibility : Visibility
+        Who may see whom.
+    embeds : Tensor
+        (B, S, D): what the language model was called with.
+    newlines : str
+        See `vtoken.Reducer.newlines`.
+    hide : bool
+        True hides tokens by masks instead of dropping them (the oracle of the tests).
+    """
+
+    def __init__(
+        self, adapter: Adapter, prompt: Prompt, visibility: Visibility, embeds: Tensor, newlines: str, hide: bool
+    ) -> None:
+        self.adapter, self.prompt, self.visibility, self.hide = adapter, prompt, visibility, hide
+        self.past, self.length = visibility.past, prompt.real.shape[1]
+        self.moved = False  # set once, where the language model is given other rows than the caller passed
+        self.renumbered = False  # set once, with the position ids of the language model
+        self.is_aside = False  # True only inside of `aside`, which puts it back whatever happens
+        everything = torch.arange(self.length, device=prompt.real.device).expand(prompt.real.shape)
+        placed, view = prompt.placed, prompt.view(everything, prompt.real)
+        first = Group(0, everything, everything, prompt.real, placed.item, placed.slot, placed.text, view)
+        self.groups = (first,)
+        self.context = prompt.context(embeds, view, adapter, newlines)
+        self._shown = first  # the group whose context is at hand
+        self.masks: dict[tuple[int, str], Any] = {}  # by group and kind of layer: a memo, never read for anything else
+
+    @property
+    def group(self) -> Group:
+        """The sequence that the next layer works on."""
+        return self.groups[-1]
+
+    # ------------------------------------------------------------------ before the language model
+    def cut_inputs(self, cut: Cut | None, kwargs: dict[str, Any], positions: str) -> dict[str, Any]:
+        """Apply the cut before the language model to its keyword arguments."""
+        group, full = self.group, kwargs["inputs_embeds"]
+        given = kwargs.get("position_ids")
+        keep = group.valid
+        if cut is not None:
+            keep = group.stays(cut, self.context.held) & group.valid
+            kwargs = {**kwargs, "inputs_embeds": group.rewritten(full, cut)}
+            self._advance(cut)
+        nothing = cut is None or torch.equal(keep, group.valid)
+        if not nothing:
+            check_flash_window(self.adapter, 0, self.past + self.length)
+        if not nothing and self.hide:
+            kwargs = {**kwargs, "attention_mask": self.visibility.after_hiding(keep, full)}
+            self.groups = (group.hiding(0, keep, self.prompt),)  # no layer has run: the first group is replaced
+        elif not nothing:
+            kwargs = self._drop(keep, kwargs, full)
+        elif kv.pruned_of(self.visibility.cache) is not None and not isinstance(kwargs.get("attention_mask"), Mapping):
+            kwargs = {**kwargs, "attention_mask": self.visibility.columns(0, group.valid)}
+        if positions == "compact" and not self.hide and (not nothing or self._shift() is not None):
+            kwargs = {**kwargs, "position_ids": self._renumber(given)}
+        self._show(None)
+        return kwargs
+
+    def _drop(self, keep: Tensor, kwargs: dict[str, Any], full: Tensor) -> dict[str, Any]:
+        # A row may be cut although the tensor does not shrink (its longest row has no image): it is re-aligned too.
+        index, valid = compact(keep)
+        self.moved = True
+        self.groups = (self.group.taken(0, index, valid, self.prompt, first=True),)  # no layer has run: replaced
+        position_ids = kwargs.get("position_ids")
+        if position_ids is None:
+            position_ids = torch.arange(self.past, self.past + self.length, device=index.device)[None]
+        embeds = gather(kwargs["inputs_embeds"], index)
+        kwargs = {
+            **kwargs,
+            "inputs_embeds": embeds,
+            "position_ids": gather(position_ids, index, dim=position_ids.dim() - 1, batch=position_ids.dim() - 2),
+            "attention_mask": self.visibility.after_drop(index, valid, full, embeds),
+            **self.visibility.varlen(index, valid),
+        }
+        return self.adapter.cut_extras(kwargs, index, valid)
+
+    def _shift(self) -> Tensor | None:
+        pruned = kv.pruned_of(self.visibility.cache)
+        return None if pruned is None else pruned.shift
+
+    def _renumber(self, position_ids: Tensor | None) -> Tensor:
+        """(B, n) consecutive ids of the kept tokens, from the id that the first token of the call had."""
+        if self.prompt.document is not None:
+            raise NotImplementedError(
+                "positions='compact' is not defined for packed rows, whose documents are told by their position ids: "
+                "pass positions='keep'."
+            )
+        self.renumbered = True
+        group = self.group
+        if position_ids is None:
+            position_ids = torch.arange(self.past, self.past + self.length, device=group.index.device)[None]
+        if position_ids.dim() != 2:
+            raise NotImplementedError(
+                "positions='compact' is defined for 1-D position ids only, this model uses M-RoPE: "
+                "pass positions='keep'."
+            )
+        first = gather(position_ids, self.prompt.real.to(torch.int8).argmax(1, keepdim=True))
+        if (shift := self._shift()) is not None:
+            first = first - shift[:, None].to(first.device)
+        return (group.valid.cumsum(1) - 1).clamp(min=0) + first
+
+    # ------------------------------------------------------------------ at a decoder layer
+    def show(self, layer: int, hidden: Tensor, module: nn.Module | None, kwargs: dict[str, Any]) -> VisualContext:
+        """The context as it stands before decoder layer ``layer``, or behind the last one."""
+        group = self.group.to(hidden.device)
+        self._show(hidden)
+        ctx = replace(self.context, layer=layer)
+        if module is not None:
+            kwargs = self.layer_kwargs(layer, hidden, kwargs)
+            documents = self.documents_of(group)
+            coming = Coming(self.adapter, layer, module, kwargs, hidden, group.view, documents, self.aside)
+            ctx = replace(ctx, peek=functools.partial(coming.peek, ctx), rerun=coming.rerun)
+        return ctx
+
+    def cut_layer(self, layer: int, hidden: Tensor, cut: Cut | None) -> Tensor:
+        """Apply a cut before decoder layer ``layer``; returns the hidden states it works on."""
+        if cut is None:
+            self._show(None)
+            return hidden
+        group = self.group.to(hidden.device)
+        keep = group.stays(cut, self.context.held) & group.valid
+        hidden = group.rewritten(hidden, cut)
+        self._advance(cut)
+        if torch.equal(keep, group.valid):
+            self._show(None)  # the states of a layer are not kept alive by a context
+            return hidden
+        check_flash_window(self.adapter, layer, self.past + self.length)
+        if self.hide:
+            group = group.hiding(layer, keep, self.prompt)
+        else:
+            index, valid = compact(keep)
+            hidden = gather(hidden, index)
+            group = group.taken(layer, index, valid, self.prompt)
+        self.groups = (*self.groups, group)  # layers before this one have run on the earlier groups
+        self._show(None)
+        return hidden
+
+    def _advance(self, cut: Cut) -> None:
+        """The reducer's context after its answer, apart from the sequence, which `_show` takes from the group."""
+        notes = {**self.context.notes, **cut.notes}
+        self.context = replace(self.context, sizes=self.context.sizes if cut.sizes is None else cut.sizes, notes=notes)
+
+    def _show(self, hidden: Tensor | None) -> None:
+        """The context of the group at work; without ``hidden`` states, as nobody asks for them before a layer does."""
+        group = self.group if hidden is None else self.group.to(hidden.device)
+        view, item = group.view, self.context.item
+        if self._shown is self.group and (hidden is None or hidden.device == item.device):
+            states = item.new_empty(*item.shape, 0) if hidden is None else view.take(hidden)
+            self.context = self.context.with_states(states)
+            return
+        self._shown = self.group
+        item, slot, text = (view.take(x) for x in (group.item, group.slot, group.text & group.valid))
+        if view.index is not None:
+            item, slot = (x.masked_fill(~view.valid, -1) for x in (item, slot))
+            text = text & view.valid
+        states = item.new_empty(*item.shape, 0) if hidden is None else view.take(hidden)
+        self.context = replace(self.context, hidden=states, item=item, slot=slot, text=text)
+
+    @property
+    def has_visual(self) -> bool:
+        """Whether anything is left that can be dropped."""
+        return bool(self.context.visual.any())
+
+    def looked_at(self, layer: int, new: int) -> tuple[VisualContext, View, Tensor | None, int]:
+        """What a reader of layer ``layer`` is told, which works on ``new`` tokens."""
+        group = self.group
+        return self.context, group.view, self.documents_of(group), self.stored_columns(layer, new)
+
+    def record(self, layer: int, attention: Attention) -> None:
+        """Remember attention rows of a layer that ran, for the contexts to come."""
+        self.context = replace(self.context, attention={**self.context.attention, layer: attention})
+
+    def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Mask, rotary tables and position ids of the group that the layer works on."""
+        if len(self.groups) == 1:
+            if self.moved and kwargs.get("position_ids") is not None:
+                # layers use them only to detect packed sequences, which gaps are not (flash attention)
+                return {**kwargs, "position_ids": None}
+            return kwargs
+        group, given = self.group.to(hidden.device), kwargs.get("attention_mask")
+        kind = layer_type(self.adapter, layer)
+        if (key := (len(self.groups), kind)) not in self.masks:
+            self.masks[key] = self.visibility.of_layer(layer, given, group.valid, group.relative, hidden, self.hide)
+        kwargs = {**kwargs, "attention_mask": self.masks[key]}
+        if not self.hide:
+            tables = table_rows(kwargs["position_embeddings"], None, group.relative)
+            kwargs.update(position_embeddings=tables, position_ids=None)
+            kwargs.update(self.visibility.varlen(group.index, group.valid))
+        return kwargs
+
+    def documents_of(self, group: Group) -> Tensor | None:
+        """(B, n): document of each token of a group, None where rows are not packed."""
+        documents = self.prompt.document
+        return None if documents is None else gather(documents.to(group.index.device), group.index)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """While open, a layer runs on other rows than those of the group at work."""
+        self.is_aside = True
+        try:
+            yield
+        finally:
+            self.is_aside = False
+
+    def stored_columns(self, layer: int, new: int) -> int:
+        """Keys that count in the attention of ``layer``, ``new`` of them its own; static caches hand out more."""
+        cache = self.visibility.cache
+        if cache is None or layer >= len(cache.layers):
+            return new
+        return kv.stored_length(cache, layer)  # holds the new keys already
+
+    # ------------------------------------------------------------------ what is asked afterwards
+    @property
+    def shortened(self) -> bool:
+        """Whether any layer worked on fewer rows than the caller passed."""
+        return self.moved or (len(self.groups) > 1 and not self.hide)
+
+    def group_of(self, layer: int) -> Group:
+        """The sequence that a layer worked on."""
+        return [group for group in self.groups if group.start <= layer][-1]

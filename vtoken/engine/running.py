@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model of a wrapped model: a prefill is cut before and between its layers, a step gets its masks.
+
+These are the hooks on the language model and its layers. What they find out they leave in the call's `Forward`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vtoken.context import Cut
+from vtoken.engine import cache as kv
+from vtoken.engine import masks, outputs
+from vtoken.engine.forward import Forward
+from vtoken.engine.opening import COMPILED, needs_nothing
+from vtoken.engine.prefill import Prefill
+from vtoken.engine.prompt import Prompt, behind_labels, behind_length, place
+from vtoken.engine.reading import reader
+from vtoken.engine.taps import tap
+from vtoken.stats import Stats
+
+if TYPE_CHECKING:
+    from vtoken.engine.session import Session
+
+
+class Running:
+    """The hooks of one session on the language model."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.adapter, self.work = session, session.adapter, session.work
+        self._watching: list[Any] = []  # handles; changed by `watch_layers` only
+
+    def watch_layers(self, needed: bool) -> None:
+        """Hook the decoder layers, or leave them alone: unpruned passes and most decode steps need nothing there."""
+        if needed and not self._watching:
+            self._watching = [
+                layer.register_forward_pre_hook(functools.partial(self.layer_pre, i), with_kwargs=True, prepend=True)
+                for i, layer in enumerate(self.adapter.layers)
+            ]
+        elif not needed and self._watching:
+            for handle in self._watching:
+                handle.remove()
+            self._watching = []
+
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """See `AdapterHooks.rows`."""
+        prefill = self.session.prefill
+        if prefill is None or len(prefill.groups) == 1:
+            return None
+        return prefill.group.relative, prefill.group.valid
+
+    # ------------------------------------------------------------------ before the language model
+    def language_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Begins a prefill, or lets a step go on where compact position ids ended."""
+        if torch.compiler.is_compiling():
+            cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+            if self.work.idle and kv.pruned_of(cache) is None:
+                return None
+            if cache is not None and embeds is not None and embeds.shape[1] == 1 and needs_nothing(cache):
+                return None  # a decode step
+        return self._language_pre(args, kwargs)
+
+    @torch.compiler.disable(reason=COMPILED)
+    def _language_pre(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.adapter.outer is None:
+            kwargs = self.session.opening.bare_pre(kwargs)
+        forward = self.session.forward
+        if forward is None or forward.kinds is None or not forward.records:
+            pruned = kv.pruned_of(kwargs.get("past_key_values"))
+            self.watch_layers(pruned is not None and (self.work.slides or not pruned.uniform))
+            return args, kwargs if forward is None else forward.renumbered(kwargs)
+        return args, self._begin(forward, kwargs)
+
+    def _begin(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A pass that brings new visual tokens: find out whose token is what, and make the first cut."""
+        session, started = self.session, time.perf_counter()
+        embeds, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        past = kv.logical_length(cache)
+        real = masks.real_tokens(mask, embeds, past, cache)
+        if self.work.idle and kv.pruned_of(cache) is None:
+            session.report(functools.partial(self._whole, forward.kinds, forward.records, real))
+            self.watch_layers(False)
+            return kwargs
+        prompt = self._prompt(forward, kwargs, real, past)
+        visibility = masks.Visibility(self.adapter, kwargs, cache, real, prompt.document, past)
+        hide = session.backend == "mask"
+        prefill = Prefill(self.adapter, prompt, visibility, embeds, session.reducer.newlines, hide)
+        forward.prefill = prefill  # the layers' hooks act from here on
+        ctx = prefill.context
+        stats = Stats(ctx.tokens, prompt.placed.row, self.work.depth)
+        session.report(stats)
+        if session.reader.cutter is not None:
+            stats.from_tower = ctx.valid.sum(1)
+        cut = session.first_cut(ctx)
+        if cut is None and session.reader.cutter is not None:
+            cut = Cut(ctx.valid)  # without the tokens that the vision tower dropped
+        kwargs = prefill.cut_inputs(cut, kwargs, session.positions)
+        stats.add_group(0, prefill.context.valid, cut)
+        self._prepare_layers(forward, prefill, kwargs)
+        stats.light = dict(self.work.light)
+        stats.selection_seconds += time.perf_counter() - started
+        return kwargs
+
+    def _prompt(self, forward: Forward, kwargs: dict[str, Any], real: Tensor, past: int) -> Prompt:
+        """Items, documents, and where each prompt ends."""
+        assert forward.kinds is not None
+        placed = place(self.adapter, forward.kinds, forward.records, real, self.session.reader.reads)
+        cache, language = kwargs.get("past_key_values"), self.adapter.language_model
+        fills = kwargs.get("use_cache")
+        fills = getattr(language.config, "use_cache", False) if fills is None else fills
+        document = masks.documents_of(
+            kwargs.get("attention_mask"),
+            kwargs.get("position_ids"),
+            kwargs.get("cu_seq_lens_q"),
+            cache,
+            cache is not None or bool(fills),
+            real,
+            masks.is_flash(self.adapter),
+        )
+        generation = self.session.opening.generations.now
+        behind = None if generation is None else behind_length(generation.length, past, real)
+        if behind is None:
+            behind = behind_labels(forward.labels, placed, real, document)
+        return Prompt.of(placed, real, document, behind)
+
+    def _prepare_layers(self, forward: Forward, prefill: Prefill, kwargs: dict[str, Any]) -> None:
+        self.watch_layers(prefill.moved or bool(self.work.layers))
+        for layer, rows in self.work.taps.items():
+            self._check_checkpointing(self.adapter.layers[layer])
+            block = self.adapter.attention(self.adapter.layers[layer])
+            store = functools.partial(prefill.record, layer)
+            look = functools.partial(prefill.looked_at, layer)
+            forward.taps.enter_context(tap(block, reader(look, rows, store)))
+        self.session.light.open(forward.taps, prefill)
+
+    def _whole(self, kinds: Tensor, records: Any, real: Tensor) -> Stats:
+        """Statistics of a prefill that nothing was dropped from."""
+        placed = place(self.adapter, kinds, records, real)
+        blank = torch.empty(*real.shape, 0, dtype=torch.float32, device=real.device)
+        prompt = Prompt.of(placed, real, None, None)
+        everything = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+        ctx = prompt.context(blank, prompt.view(everything, real), self.adapter, "drop")
+        stats = Stats(ctx.tokens, placed.row, self.work.depth)
+        stats.add_group(0, ctx.valid, None)
+        return stats
+
+    # ------------------------------------------------------------------ decoder layers
+    def layer_pre(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Cuts a prefill before this layer, or gives a step the mask of what this layer holds."""
+        forward = self.session.forward
+        if forward is not None and forward.prefill is not None:
+            return self._prefill_layer(index, module, args, kwargs, forward.prefill)
+        cache: Any = kwargs.get("past_key_values")
+        pruned = kv.pruned_of(cache, index) if cache is not None else None
+        if pruned is None:
+            return None
+        if pruned.buffer is not None and isinstance(kwargs.get("attention_mask"), Tensor):
+            return args, {**kwargs, "attention_mask": masks.static_step_mask(cache, index, kwargs["attention_mask"])}
+        return self._step_layer(index, args, kwargs, forward, pruned)
+
+    @torch.compiler.disable(reason=COMPILED)
+    def _prefill_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict, prefill: Prefill) -> Any:
+        hidden = args[0]
+        if index in self.work.layers and prefill.has_visual:
+            self._check_checkpointing(module)
+            started = time.perf_counter()
+            ctx = prefill.show(index, hidden, module, kwargs)
+            cut = self.session.decide(self.session.reducer.at_layer, index, ctx)
+            hidden = prefill.cut_layer(index, hidden, cut)
+            stats: Any = self.session.stats
+            stats.add_group(index, prefill.context.valid, cut)
+            stats.selection_seconds += time.perf_counter() - started
+        return (hidden, *args[1:]), prefill.layer_kwargs(index, hidden, kwargs)
+
+    def _step_layer(
+        self, index: int, args: tuple, kwargs: dict[str, Any], forward: Forward | None, pruned: kv.Pruned
+    ) -> Any:
+        """A layer that stores other columns than layer 0 needs a mask of its own."""
+        cache, given, query = kwargs["past_key_values"], kwargs.get("attention_mask"), args[0].shape[1]
+        first: Any = kv.pruned_of(cache)
+        kind = self.work.kinds[index]
+        sliding = kind == masks.SLIDING and pruned.buffer is None and query == 1
+        if pruned.group == first.group and not sliding:
+            return None  # the model builds the mask of the first layer itself
+        memo = {} if forward is None else forward.masks
+        key = (pruned.group, kind)
+        if key not in memo:
+            prepared = isinstance(given, Tensor) or (given is None and pruned.full)
+            if query == 1 and kind == masks.FULL and prepared and pruned.buffer is None:
+                memo[key] = None if given is None else masks.step_mask(cache, index, given)
+            else:
+                window = self.adapter.language_model.config.sliding_window if sliding else None
+                two = None if forward is None else forward.mask2d
+                columns = masks.columns_of(cache, index, query, two, window)
+                nothing = columns is None and given is None
+                memo[key] = None if nothing else masks.build_mask(self.adapter, index, args[0], columns, cache)
+        return None if memo[key] is given else (args, {**kwargs, "attention_mask": memo[key]})
+
+    @staticmethod
+    def _check_checkpointing(module: nn.Module) -> None:
+        checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
+        if checkpointing and "__call__" in vars(GradientCheckpointingLayer):
+            raise NotImplementedError(
+                "Cutting inside the decoder under gradient checkpointing needs transformers >= 5.23: "
+                "upgrade, or use a reducer that acts before the language model."
+            )
+
+    # ------------------------------------------------------------------ after the language model
+    def language_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Restores what a prefill made shorter; called after an error too, then without an output."""
+        return None if self.session.forward is None else self._close(output)
+
+    @torch.compiler.disable(reason=COMPILED)
+    def _close(self, output: Any) -> Any:
+        forward = self.session.forward
+        if forward is None or forward.thread != threading.get_ident():
+            return None  # this thread was refused
+        prefill = forward.prefill
+        try:
+            if prefill is None or output is None:
+                return None
+            if self.work.depth in self.work.layers:
+                self._look_behind(prefill, output)
+            return outputs.finish(prefill, output)
+        finally:
+            self.session.release(forward)
+
+    def _look_behind(self, prefill: Prefill, output: Any) -> None:
+        """Show the reducer what the last layer made, of which nothing can be dropped any more."""
+        ctx = prefill.show(self.work.depth, output.last_hidden_state, None, {})
+        if self.session.decide(self.session.reducer.at_layer, self.work.depth, ctx) is not None:
+            raise ValueError(
+                f"Reducer {self.session.reducer.name!r} drops tokens behind the last layer, where nothing gets "
+                f"cheaper any more: return None at layer {self.work.depth}."
+            )

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a reducer is going to do in one model, found out and checked when it is wrapped.
+
+This file must not know any forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vtoken.engine.masks import layer_type
+from vtoken.light import LightLayer
+
+if TYPE_CHECKING:
+    from vtoken.adapters.base import Adapter
+    from vtoken.reducers.base import Reducer
+
+
+@dataclass(frozen=True)
+class Work:
+    """The layers at which a reducer acts.
+
+    Parameters
+    ----------
+    idle : bool
+        Whether it leaves the model alone (``keep=1.0``).
+    depth : int
+        Decoder layers.
+    kinds : tuple of str
+        Kind of each layer, see `vtoken.engine.masks.layer_type`.
+    layers : frozenset of int
+        Layers before which it is asked; ``depth`` stands for behind the last one.
+    taps : mapping of int to str
+        Layers whose attention rows it reads.
+    light : mapping of int to LightLayer
+        Layers that it makes light.
+    reads_question : bool
+        Whether what it chooses before or inside of the decoder depends on the text.
+    """
+
+    idle: bool
+    depth: int
+    kinds: tuple[str, ...]
+    layers: frozenset[int]
+    taps: Mapping[int, str]
+    light: Mapping[int, LightLayer]
+    reads_question: bool
+
+    @classmethod
+    def of(cls, adapter: Adapter, reducer: Reducer, backend: str) -> Work:
+        """Ask a reducer what it will do in a model.
+
+        Raises
+        ------
+        ValueError
+            If it names a layer that does not exist.
+        NotImplementedError
+            If it reads the attention of a recurrent layer, or tokens would be hidden from recurrent layers.
+        """
+        depth = len(adapter.layers)
+        kinds = tuple(layer_type(adapter, layer) for layer in range(depth))
+        if backend == "mask" and any("linear" in kind for kind in kinds):
+            raise NotImplementedError(
+                "backend='mask' is not defined for a decoder with recurrent layers, which see a hidden token all the "
+                "same: use backend='drop'."
+            )
+        if reducer.is_identity:
+            return cls(True, depth, kinds, frozenset(), {}, {}, False)
+        layers, taps = frozenset(reducer.layers(depth)), reducer.taps(depth)
+        light = reducer.light_layers(depth)
+        for layer in {*layers - {depth}, *taps, *light}:
+            if not 0 <= layer < depth:
+                raise ValueError(f"Reducer {reducer.name!r} wants layer {layer}, but the decoder has {depth} layers.")
+        for layer in taps:
+            if not adapter.has_attention(adapter.layers[layer]):
+                raise NotImplementedError(
+                    f"Reducer {reducer.name!r} reads the attention of decoder layer {layer}, which is recurrent: "
+                    "choose a layer that attends, or a reducer that reads no attention."
+                )
+        return cls(False, depth, kinds, layers, taps, light, reducer.uses_text or bool(taps))
+
+    @property
+    def slides(self) -> bool:
+        """Whether any layer attends in a sliding window."""
+        return "sliding_attention" in self.kinds
