@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from vtoken.adapters import towers
 from vtoken.context import NEWLINE, ItemLayout
 from vtoken.engine.taps import Reader, tap
 
@@ -36,8 +37,6 @@ class Adapter:
     pixel_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "pixel_values_images")
     attention_norm: ClassVar[str] = "input_layernorm"
     """Name of the norm before the attention of a decoder layer."""
-    leading_tokens: int = 0
-    """Tokens of the tower before the first patch: 1 for [CLS]."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -152,6 +151,58 @@ class Adapter:
         """The blocks of the tower: the longest list of modules in it."""
         return max((m for m in self.tower.modules() if isinstance(m, nn.ModuleList)), key=len)
 
+    @functools.cached_property
+    def leading_tokens(self) -> int:
+        """Tokens of the tower before the first patch: 1 for [CLS], more with registers."""
+        return towers.leading_tokens(self.tower)
+
+    def skipped_tokens(self, call: dict[str, Any]) -> int:
+        """Tokens of the tower, from the first one on, that become no visual tokens: those before the patches.
+
+        Parameters
+        ----------
+        call : dict
+            The arguments of the ``get_*_features`` call.
+        """
+        return self.leading_tokens
+
+    @functools.cached_property
+    def global_blocks(self) -> tuple[int, ...]:
+        """Numbers of the blocks of the tower in which a patch attends to its whole picture, not to a window of it."""
+        return towers.global_blocks(self.tower, self.tower_blocks)
+
+    def read_block(self, layer: int | float) -> int:
+        """Number of the block at which a statistic of ``layer`` is read: one that attends to the whole picture.
+
+        In a window every patch competes with its neighbours only, and what a window receives in sum is fixed: patches
+        of two windows cannot be compared. So a negative index, or a share of the depth, means the nearest global block
+        at or before it, or the first one if there is none before.
+
+        Parameters
+        ----------
+        layer : int or float
+            As `tower_block` takes it.
+
+        Raises
+        ------
+        ValueError
+            If there is no such block, if it is asked for by its number and attends in windows, or if all do.
+        """
+        number, whole = self.tower_block(layer), self.global_blocks
+        if number in whole:
+            return number
+        if not whole:
+            raise ValueError(
+                f"All {len(self.tower_blocks)} blocks of the vision tower attend in windows, so that no statistic "
+                "compares patches of the whole picture: use a reducer that needs no encoder attention."
+            )
+        if isinstance(layer, int) and layer >= 0:
+            raise ValueError(
+                f"Block {layer} of the vision tower attends in windows, in which patches compete with their neighbours "
+                f"only: read one that attends to the whole picture ({', '.join(map(str, whole))})."
+            )
+        return max((block for block in whole if block < number), default=whole[0])
+
     def tower_block(self, layer: int | float) -> int:
         """Number of the block that an index, also a negative one, or a share of the depth (float) means."""
         depth = len(self.tower_blocks)
@@ -200,7 +251,7 @@ class Adapter:
         Parameters
         ----------
         parts : list of Tensor
-            (views, patches, C) each, as the tower computed them.
+            (views, patches, C) each, as the tower computed them, without the `skipped_tokens`.
         modality : str
             ``"image"`` or ``"video"``.
         call : dict
@@ -223,8 +274,8 @@ class Adapter:
             "use a reducer that does not look at the projector's input."
         )
 
-    def item_lengths(self, features: list[Tensor]) -> list[int]:
-        """Tokens of each item, given the entries (N, D) of ``get_*_features``."""
+    def item_lengths(self, features: list[Tensor], call: dict[str, Any]) -> list[int]:
+        """Tokens of each item, given the entries (N, D) and the arguments of ``get_*_features``."""
         return [len(entry) for entry in features]
 
     def regroup(self, record: VisionRecord, here: Tensor) -> VisionRecord:

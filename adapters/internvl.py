@@ -26,7 +26,6 @@ class InternVLAdapter(TilesAdapter):
     """`transformers.InternVLForConditionalGeneration`."""
 
     model_types = ("internvl",)
-    leading_tokens = 1
 
     def _tokens_per_tile(self) -> int:
         return int(self.side * self.model.config.downsample_ratio) ** 2

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from vtoken.adapters.base import grid_shares
-from vtoken.adapters.llava import LlavaAdapter
+from vtoken.adapters.llava import LlavaAdapter, one_number
 from vtoken.context import NEWLINE, ItemLayout
 
 
@@ -22,6 +22,12 @@ class LlavaNextAdapter(LlavaAdapter):
     """`transformers.LlavaNextForConditionalGeneration`."""
 
     model_types = ("llava_next",)
+
+    def pixels(self, layout: ItemLayout) -> tuple[int, int] | None:
+        return (one_number(self.model.config.vision_config.image_size),) * 2
+
+    def item_lengths(self, features: list[Tensor], call: dict[str, Any]) -> list[int]:
+        return [len(entry) for entry in features]
 
     def _views(self, size: Tensor) -> int:
         config = self.model.config

@@ -46,10 +46,6 @@ class OriginalLlavaAdapter(Adapter):
     def projector(self) -> nn.Module:
         return self.language_model.mm_projector
 
-    @property
-    def leading_tokens(self) -> int:  # type: ignore[override]
-        return int("clip" in type(self.tower).__name__.lower())
-
     def tower_groups(self, patches: int, modality: str) -> Tensor:
         return torch.arange(patches, device="cpu")
 
@@ -69,7 +65,7 @@ class OriginalLlavaAdapter(Adapter):
                 seen = hooks.reader.observe(run)
                 _, positions, new_mask, past, embeds, origin = seen.output
                 visual = (origin == IGNORE) & new_mask.bool()
-                record = _Packing(self.model, run, visual, images).record(seen)
+                record = _Packing(self.model, run, visual, images).record(seen, self.leading_tokens)
                 if labels is not None:
                     labels = torch.where(origin >= 0, labels.gather(1, origin.clamp(min=0)), IGNORE)
                 if bool(visual.any()):
@@ -89,9 +85,9 @@ class _Packing:
         single = isinstance(images, Tensor) and images.dim() == 4
         self.views = [1] * len(images) if single else [len(image) if image.dim() == 4 else 1 for image in images]
 
-    def record(self, seen: Observed) -> VisionRecord:
+    def record(self, seen: Observed, skip: int) -> VisionRecord:
         lengths, layouts = self._layouts()
-        maps, dropped = seen.packed(lambda parts: self._pack(torch.cat(parts)))
+        maps, dropped = seen.packed(lambda parts: self._pack(torch.cat(parts)), skip)
         inputs = self._pack(torch.cat(seen.inputs)) if seen.inputs else None
         return VisionRecord(lengths, layouts, maps, inputs, dropped)
 

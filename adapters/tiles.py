@@ -46,7 +46,7 @@ class TilesAdapter(Adapter):
     def pixels(self, layout: ItemLayout) -> tuple[int, int] | None:
         return self.size, self.size
 
-    def item_lengths(self, features: list[Tensor]) -> list[int]:
+    def item_lengths(self, features: list[Tensor], call: dict[str, Any]) -> list[int]:
         tokens = self.token_side**2
         return [tokens] * (sum(len(entry) for entry in features) // tokens)
 

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import pytest
 import tiny
 import torch
+from oracles import eager_encoder
 
 import vtoken
-from vtoken.adapters import adapter_for
 from vtoken.encoder import EncoderRead
 from vtoken.reducers.base import Reducer
 
@@ -52,25 +51,6 @@ def eager_attentions(family, batch):
     model, inputs = tiny.make(family, batch, attn="eager")
     with torch.no_grad():
         return model(**inputs, output_attentions=True).attentions
-
-
-def eager_encoder(family, batch, layer, **changes):
-    """Eager attention weights (views, H, patches, patches) of one tower layer, one entry per call of its attention."""
-    model, inputs = tiny.make(family, batch, attn="eager", **changes)
-    block = adapter_for(model).vision_attention(layer)
-    source = sys.modules[type(block).__module__]
-    original, found = source.eager_attention_forward, []
-
-    def spy(module, *args, **kwargs):
-        out = original(module, *args, **kwargs)
-        if module is block:
-            found.append(out[1])
-        return out
-
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(source, "eager_attention_forward", spy)
-        model(**inputs)
-    return found
 
 
 @every_attention
@@ -153,7 +133,7 @@ def test_encoder_maps_follow_the_anyres_packing(family):
 @pytest.mark.parametrize("layer", [-1, 1])
 def test_encoder_maps_of_packed_towers(family, layer, video):
     """Received attention of a token is the mean of its four patches, in raster order: windows are undone."""
-    calls = eager_encoder(family, (1, 2), layer, video=video)
+    calls = eager_encoder(family, (1, 2), 1 if family == "qwen2_5_vl" else layer, video=video)  # 2 is windowed
     model, inputs = tiny.make(family, (1, 2), video=video)
     read = EncoderRead("received", layer)
     spy = Spy(reads=(read,))
@@ -201,13 +181,25 @@ def test_encoder_maps_of_pooled_tiles(family):
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
 
+@every_attention
 @pytest.mark.parametrize("family", ["mistral3"])
-def test_a_masked_tower_is_refused(family, record_property):
-    """Pixtral packs pictures into one sequence and separates them by a mask, which the statistics do not know."""
-    record_property("refused", "encoder attention")
-    model, inputs = tiny.make(family, (1,))
-    with vtoken.reduce(model, Spy(reads=(EncoderRead("received"),))), pytest.raises(ValueError, match="mask"):
+def test_encoder_maps_of_pictures_that_a_mask_separates(family, attn):
+    """Pixtral packs pictures into one sequence: each is a mean over its own queries, pooled 2 x 2 by Mistral 3."""
+    (weights,) = eager_encoder(family, (1, 2), -1)
+    model, inputs = tiny.make(family, (1, 2), attn=attn)
+    reads = EncoderRead("received", -1), EncoderRead("keys", -1)
+    spy = Spy(reads=reads)
+    with vtoken.reduce(model, spy), torch.no_grad():
         model(**inputs)
+    received, keys = (spy.seen["ctx"].encoder[read] for read in reads)
+    start = 0
+    for image, (height, width) in enumerate((inputs["image_sizes"] // tiny.PATCH).tolist()):
+        here = slice(start, start := start + height * width)
+        total = weights.mean(1)[0][:, here].sum(0) / (height * width)
+        torch.testing.assert_close(total.sum(), torch.tensor(1.0))
+        wanted = torch.nn.functional.avg_pool2d(total.view(1, height, width), 2).flatten()
+        torch.testing.assert_close(received[image][received[image].isfinite()], wanted, atol=1e-6, rtol=1e-4)
+        assert keys[image, : len(wanted)].isfinite().all()
 
 
 def test_no_encoder_attention_is_computed_unless_asked(monkeypatch):

@@ -32,7 +32,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "test_encoder_maps_follow_the_anyres_packing",
         "test_encoder_maps_of_packed_towers",
         "test_encoder_maps_of_pooled_tiles",
-        "test_a_masked_tower_is_refused",
+        "test_encoder_maps_of_pictures_that_a_mask_separates",
     ),
     "token map": ("test_painting_the_input_of_the_tower", "test_painting_the_original_picture"),
     "shorten": ("test_shorter_prompt_equals_wrapped_model", "test_merged_features", "test_shorter_clips"),

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import dataclass
 
+import pytest
 import tiny
 import torch
 from torch import Tensor, nn
 
 import vtoken
+from vtoken.adapters import adapter_for
 from vtoken.reducers.base import KeepReducer, Reducer
 
 GREEDY = {"do_sample": False, "suppress_tokens": [tiny.IMAGE_ID, tiny.VIDEO_ID]}
@@ -187,3 +190,22 @@ def alone(inputs: dict[str, Tensor], row: int, counts: tuple[int, ...]) -> dict[
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], new: int = 6, **kwargs):
     return model.generate(**inputs, max_new_tokens=new, **{**GREEDY, **kwargs})
+
+
+def eager_encoder(family, batch, layer, **changes):
+    """Eager attention weights (views, H, patches, patches) of one tower layer, one entry per call of its attention."""
+    model, inputs = tiny.make(family, batch, attn="eager", **changes)
+    block = adapter_for(model).vision_attention(layer)
+    source = sys.modules[type(block).__module__]
+    original, found = source.eager_attention_forward, []
+
+    def spy(module, *args, **kwargs):
+        out = original(module, *args, **kwargs)
+        if module is block:
+            found.append(out[1])
+        return out
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(source, "eager_attention_forward", spy)
+        model(**inputs)
+    return found

@@ -111,20 +111,62 @@ def make(name: str, images_per_row: tuple[int, ...] = (1,), seed: int = 0, attn:
     return model, inputs
 
 
+TOWERS = {
+    "clip": ("CLIPVisionConfig", {}),
+    "siglip": ("SiglipVisionConfig", {}),
+    "vit": ("ViTConfig", {}),
+    "dinov2": ("Dinov2Config", {"mlp_ratio": 2}),
+    "dinov2_with_registers": ("Dinov2WithRegistersConfig", {"mlp_ratio": 2, "num_register_tokens": 4}),
+    "dinov3": ("DINOv3ViTConfig", {"num_register_tokens": 4}),
+    "aimv2": ("Aimv2VisionConfig", {}),
+    "pixtral": ("PixtralVisionConfig", {"image_size": 48, "head_dim": 8}),
+    "siglip2": ("Siglip2VisionConfig", {"num_patches": (SIDE // PATCH) ** 2}),
+}
+LEADING = {"clip": 1, "vit": 1, "dinov2": 1, "dinov2_with_registers": 5, "dinov3": 5}
+"""Tokens before the patches, written down from the papers; other towers have none."""
+PIXTRAL_SIZES = [(24, 48), (48, 24), (36, 36)]
+
+
 @family
-def llava(images_per_row, generator, tower="clip", **text):
-    vision = tf.CLIPVisionConfig(**vision_config()) if tower == "clip" else tf.SiglipVisionConfig(**vision_config())
+def llava(images_per_row, generator, tower="clip", strategy=None, **text):
+    """``strategy`` is the ``vision_feature_select_strategy``, by default the one that leaves the patches."""
+    name, changes = TOWERS[tower]
+    strategy = strategy or ("default" if LEADING.get(tower) == 1 else "full")
     config = tf.LlavaConfig(
-        vision_config=vision,
+        vision_config=getattr(tf, name)(**vision_config(**changes)),
         text_config=tf.LlamaConfig(**text_config(**text)),
         image_token_id=IMAGE_ID,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default" if tower == "clip" else "full",
+        vision_feature_select_strategy=strategy,
     )
     images = sum(images_per_row)
-    inputs = assemble(image_rows([16] * images, images_per_row), generator)
-    inputs["pixel_values"] = torch.randn(images, 3, SIDE, SIDE, generator=generator)
+    lengths = [16 + LEADING.get(tower, 0) - (strategy == "default")] * images
+    if tower == "pixtral":
+        lengths = [height * width // PATCH**2 for height, width in pixtral_sizes(images)]
+    inputs = assemble(image_rows(lengths, images_per_row), generator)
+    if tower == "pixtral":
+        inputs |= pixtral_pixels(images, generator)
+    elif tower == "siglip2":  # a list of patches, in every other picture the last ones are padding
+        shapes = torch.tensor([(4, 4), (3, 4)] * images)[:images]
+        inputs["pixel_values"] = torch.randn(images, 16, 3 * PATCH**2, generator=generator)
+        inputs["pixel_attention_mask"] = (torch.arange(16) < shapes.prod(1)[:, None]).long()
+        inputs["spatial_shapes"] = shapes
+    else:
+        inputs["pixel_values"] = torch.randn(images, 3, SIDE, SIDE, generator=generator)
     return tf.LlavaForConditionalGeneration(config), inputs
+
+
+def pixtral_sizes(images):
+    return [PIXTRAL_SIZES[i % 3] for i in range(images)]
+
+
+def pixtral_pixels(images, generator):
+    """Pictures of unequal size, padded."""
+    sizes = pixtral_sizes(images)
+    pixels = torch.zeros(images, 3, 48, 48)
+    for image, (height, width) in enumerate(sizes):
+        pixels[image, :, :height, :width] = torch.randn(3, height, width, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
 @family
@@ -472,9 +514,6 @@ def smolvlm(images_per_row, generator):
     return model, idefics_inputs(images_per_row, generator)
 
 
-PIXTRAL_SIZES = [(24, 48), (48, 24), (36, 36)]
-
-
 @family
 def mistral3(images_per_row, generator):
     vision = {**vision_config(image_size=48), "model_type": "pixtral", "head_dim": 8}
@@ -485,11 +524,8 @@ def mistral3(images_per_row, generator):
         spatial_merge_size=2,
         vision_feature_layer=-1,
     )
-    sizes = [PIXTRAL_SIZES[i % 3] for i in range(sum(images_per_row))]
-    pixels = torch.zeros(len(sizes), 3, 48, 48)
-    for image, (height, width) in enumerate(sizes):
-        pixels[image, :, :height, :width] = torch.randn(3, height, width, generator=generator)
-    lengths = [height * width // (2 * PATCH) ** 2 for height, width in sizes]
+    pixels = pixtral_pixels(sum(images_per_row), generator)
+    lengths = [height * width // (2 * PATCH) ** 2 for height, width in pixels["image_sizes"].tolist()]
     inputs = assemble(image_rows(lengths, images_per_row), generator)
     model = tf.Mistral3ForConditionalGeneration(config)
-    return model, {**inputs, "pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+    return model, {**inputs, **pixels}

@@ -45,7 +45,7 @@ def encode(
         if not any(inputs.get(name) is not None for name in PIXELS[modality]):
             continue
         method = getattr(adapter.outer, f"get_{modality}_features")
-        names = inspect.signature(method).parameters
+        names = {*inspect.signature(method).parameters, *_tower_arguments(adapter)}
         given = {name: value for name, value in inputs.items() if name in names}
         if modality == "video" and "pixel_values_videos" not in names:  # an older transformers
             given["pixel_values"] = inputs["pixel_values_videos"]
@@ -53,6 +53,12 @@ def encode(
     if not records:
         raise ValueError(f"The inputs hold no pixels ({', '.join(inputs)}): pass what the model's processor returns.")
     return outputs, records
+
+
+def _tower_arguments(adapter: Adapter) -> set[str]:
+    """What the tower alone is told about the pixels (SigLIP 2's masks and shapes), passed on by name."""
+    tower, model = (inspect.signature(module.forward).parameters for module in (adapter.tower, adapter.model))
+    return set(tower) - set(model)
 
 
 def real_tokens(inputs: Mapping[str, Any]) -> Tensor:

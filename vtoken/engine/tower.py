@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.context import ItemLayout
-from vtoken.encoder import EncoderRead, read_calls
+from vtoken.encoder import EncoderRead, TowerCall, read_calls, separated
 from vtoken.engine.towercut import TowerCut
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ class Observed:
     output : object
         What the call returned.
     maps : dict
-        Per request one (views, patches) or (views, patches, C) tensor for each call of the layer; 0 at patches that
-        were dropped before.
+        Per request one (views, tokens) or (views, tokens, C) tensor for each call of the layer; 0 at patches that
+        were dropped before, NaN at padding.
     partial : set
         Requests of layers that worked on kept patches only.
     inputs : list of Tensor
         What the projector was given, per call.
     kept : list of Tensor
-        (views, patches) bool, per call of the tower; empty if nothing was dropped inside of it.
+        (views, tokens) bool, per call of the tower; empty if nothing was dropped inside of it.
     """
 
     output: Any
@@ -97,7 +97,9 @@ class Observed:
     inputs: list[Tensor]
     kept: list[Tensor]
 
-    def packed(self, pack: Callable[[list[Tensor]], Tensor]) -> tuple[dict[EncoderRead, Tensor], Tensor | None]:
+    def packed(
+        self, pack: Callable[[list[Tensor]], Tensor], skip: int
+    ) -> tuple[dict[EncoderRead, Tensor], Tensor | None]:
         """The maps in token order, (T,) or (T, C), and which tokens (T,) were dropped inside of the tower.
 
         A token that is interpolated from several patches stays if most of it comes from kept ones.
@@ -106,10 +108,13 @@ class Observed:
         ----------
         pack : callable
             Brings (views, patches, C) maps, one for each call of the tower, to token order (T, C).
+        skip : int
+            Tokens of the tower, from the first one on, that ``pack`` does not want; see `Adapter.skipped_tokens`.
         """
 
         def packed(parts: list[Tensor]) -> Tensor:
             scalar = parts[0].dim() == 2
+            parts = [part[:, skip:] for part in parts]
             out = pack([part[..., None] if scalar else part for part in parts])
             return out[..., 0] if scalar else out
 
@@ -195,7 +200,7 @@ class VisionReader:
 
     def observe(self, run: Callable, modality: str = "image") -> Observed:
         """Call ``run``, which encodes pictures or clips, with the taps open."""
-        calls: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
+        calls: dict[int, list[TowerCall]] = {}
         inputs: list[Tensor] = []
         self.thread = threading.get_ident()
         try:
@@ -213,10 +218,8 @@ class VisionReader:
         maps, partial = self._maps(calls, cut)
         return Observed(output, maps, partial, inputs, [] if cut is None else cut.kept)
 
-    def _open_taps(
-        self, stack: contextlib.ExitStack, calls: dict[int, list[tuple[Tensor, Tensor, float]]], cut: TowerCut | None
-    ) -> None:
-        wanted = {self.adapter.tower_block(read.layer) for read in self.reads}
+    def _open_taps(self, stack: contextlib.ExitStack, calls: dict[int, list[TowerCall]], cut: TowerCut | None) -> None:
+        wanted = {self.adapter.read_block(read.layer) for read in self.reads}
         for layer in sorted(wanted if cut is None else wanted | {cut.block - 1}):
             note = cut.note if cut is not None and layer == cut.block - 1 else None
             keep = calls.setdefault(layer, []) if layer in wanted else None
@@ -225,24 +228,20 @@ class VisionReader:
             def read(
                 module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: Any, note: Any = note, keep: Any = keep
             ) -> None:
-                if mask is not None:
-                    raise ValueError(
-                        "The vision tower masks its attention (pictures of unequal size in one batch), and encoder "
-                        "statistics are defined without a mask: use a reducer that needs no encoder attention."
-                    )
                 scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
                 if note is not None:
                     note(q, k, scale)
                 if keep is not None:
-                    keep.append((q.detach(), k.detach(), scale))
+                    pictures = separated(mask, kwargs.get("cu_seq_lens_q"), len(q), q.shape[2])
+                    keep.append(TowerCall(q.detach(), k.detach(), scale, pictures))
 
             stack.enter_context(self.adapter.tap_tower(layer, read))
 
     @torch.no_grad()
     def _maps(
-        self, calls: dict[int, list[tuple[Tensor, Tensor, float]]], cut: TowerCut | None
+        self, calls: dict[int, list[TowerCall]], cut: TowerCut | None
     ) -> tuple[dict[EncoderRead, list[Tensor]], set[EncoderRead]]:
-        """The statistics, (views, patches, ...) per call of their layer, and which of them know kept patches only."""
+        """The statistics, (views, tokens, ...) per call of their layer, and which of them know kept patches only."""
         if not all(calls.values()):
             raise ValueError(
                 f"The vision tower of {type(self.adapter.model).__name__} computes its attention with code of its own, "
@@ -251,7 +250,7 @@ class VisionReader:
         maps, partial = {}, set()
         first = self.adapter.leading_tokens
         for read in self.reads:
-            layer = self.adapter.tower_block(read.layer)
+            layer = self.adapter.read_block(read.layer)
             found = read_calls(read.resolve(first > 0).what, calls[layer], first)
             if cut is not None and layer >= cut.block:
                 found = [cut.widen(values, number) for number, values in enumerate(found)]
@@ -260,10 +259,11 @@ class VisionReader:
         return maps, partial
 
     def _record(self, seen: Observed, modality: str, call: dict) -> VisionRecord:
-        lengths = self.adapter.item_lengths(feature_list(seen.output))
+        lengths = self.adapter.item_lengths(feature_list(seen.output), call)
         layouts = self.adapter.layouts(modality, call, lengths)
         with torch.no_grad():
-            maps, dropped = seen.packed(lambda parts: self.adapter.pack(parts, modality, call))
+            skip = self.adapter.skipped_tokens(call)
+            maps, dropped = seen.packed(lambda parts: self.adapter.pack(parts, modality, call), skip)
             before = self.adapter.pack_projector_input(seen.inputs, modality, call) if seen.inputs else None
         for found in (*maps.values(), before, dropped):
             if found is not None and len(found) != sum(lengths):

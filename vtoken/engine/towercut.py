@@ -54,7 +54,7 @@ class TowerCut:
             )
         self.reads = {name: EncoderRead(name).resolve(self.first > 0).what for name in reducer.tower_reads()}
         self.kept: list[Tensor] = []
-        """Per call of the tower (V, patches) bool."""
+        """Per call of the tower (V, tokens) bool."""
         self._rows = torch.empty(0, dtype=torch.long, device="cpu")
         """(V, n): rows that the blocks work on, in the present call of the tower."""
         self._found: dict[str, Tensor] = {}
@@ -70,11 +70,12 @@ class TowerCut:
             stack.callback(after.remove)
 
     def note(self, query: Tensor, key: Tensor, scale: float) -> None:
-        """Take the statistics from queries and keys of the block before the cut."""
-        self._found = {name: statistic(what, query, key, scale, self.first) for name, what in self.reads.items()}
+        """Take the statistics of the patches from queries and keys of the block before the cut."""
+        found = {name: statistic(what, query, key, scale, self.first) for name, what in self.reads.items()}
+        self._found = {name: values[:, self.first :] for name, values in found.items()}
 
     def widen(self, values: Tensor, call: int) -> Tensor:
-        """Statistics (V, n, ...) of the patches kept in a call of the tower to (V, patches, ...), zero elsewhere."""
+        """Statistics (V, n, ...) of the tokens kept in a call of the tower to (V, tokens, ...), zero elsewhere."""
         kept = self.kept[call]
         out = values.new_zeros(*kept.shape, *values.shape[2:])
         out[kept] = values.flatten(0, 1)
@@ -109,10 +110,10 @@ class TowerCut:
             picked = self.reducer.in_tower(TowerContext({k: v[:, members].mean(-1) for k, v in self._found.items()}))
         self._found = {}
         chosen = members[picked].flatten(1).sort(1).values
-        self.kept.append(torch.zeros(len(hidden), len(groups), dtype=torch.bool, device=hidden.device))
-        self.kept[-1].scatter_(1, chosen, True)
         leading = torch.arange(self.first, device=hidden.device).expand(len(hidden), -1)
-        return torch.cat([leading, chosen + self.first], 1)
+        rows = torch.cat([leading, chosen + self.first], 1)
+        self.kept.append(torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device).scatter_(1, rows, True))
+        return rows
 
     def _check(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         extras = [x for value in (*args[1:], *kwargs.values()) for x in (value if type(value) is tuple else (value,))]

@@ -28,8 +28,8 @@ class TowerPrune(KeepReducer):
     ``block`` on the tower computes [CLS], if it has one, and the kept patches only. A dropped patch never reaches the
     language model and is no candidate of later stages, as in ``Chain([TowerPrune(keep=0.5), IDPruner(keep=0.1)])``.
 
-    It serves towers whose views have one size and no mask (CLIP, SigLIP, InternViT). Where the model merges patches,
-    those of one token are dropped together.
+    It serves towers whose views have one size, no mask, no rotary tables and no windows (CLIP, SigLIP, ViT, DINOv2,
+    AIMv2, InternViT). Where the model merges patches, those of one token are dropped together.
 
     Parameters
     ----------
