@@ -5,7 +5,8 @@ import pytest
 from typer.testing import CliRunner
 
 import vtoken
-from vtoken.cli import app, catalogue
+from vtoken.cli import app
+from vtoken.cli.describe import describe
 from vtoken.eval.tasks import bundled_tasks
 
 
@@ -24,7 +25,7 @@ def test_lists_by_pattern():
 
 @pytest.mark.parametrize("name", vtoken.list_reducers())
 def test_every_reducer_describes_itself(name):
-    _, stages, _, paper, summary = catalogue.describe(vtoken.registry.reducer_class(name))
+    _, stages, _, paper, summary = describe(vtoken.registry.reducer_class(name))
     assert stages
     assert summary.endswith(".")
     assert paper == "" or paper[4] == "."
