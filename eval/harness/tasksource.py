@@ -149,7 +149,7 @@ def task_files() -> dict[str, Path | None]:
     return {name: Path(path) if isinstance(path, (str, Path)) else None for name, path in paths.items()}
 
 
-class OpaqueLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class OpaqueLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml, if it is there
     """Reads a task YAML without importing the functions it names."""
 
 

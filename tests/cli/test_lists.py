@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vtoken list`` and ``vtoken tasks``."""
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
 import vtoken
 from vtoken.cli import app
-from vtoken.cli.describe import describe
+from vtoken.cli.catalogue import FILE
+from vtoken.cli.describe import catalogue, describe
 from vtoken.eval.tasks import bundled_tasks
 
 
@@ -15,6 +18,11 @@ def test_lists_every_reducer():
     assert done.exit_code == 0
     assert all(name in done.stdout for name in vtoken.list_reducers())
     assert "llava_next" in done.stdout
+
+
+def test_what_is_listed_is_what_reducers_say():
+    shipped = json.loads(FILE.read_text(encoding="utf-8"))
+    assert shipped == json.loads(json.dumps(catalogue())), "run python -m vtoken.cli.describe"
 
 
 def test_lists_by_pattern():
