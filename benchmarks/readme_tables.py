@@ -34,7 +34,7 @@ from speed_tables import TABLES, speed
 from tabular import markdown
 
 from vtoken.adapters import families as known_families
-from vtoken.cli.catalogue import describe
+from vtoken.cli.describe import describe
 from vtoken.eval.comparison.summary import Row, corrected, row_from
 from vtoken.eval.report.formats import SIGNIFICANT, difference_text
 from vtoken.eval.report.render import cells_of, layouts

@@ -12,10 +12,12 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vtoken
-from vtoken.reducers.base import Reducer
+
+if TYPE_CHECKING:
+    from vtoken.reducers.base import Reducer
 
 PACKAGES = ("torch", "transformers", "lmms-eval")
 _NO_CODE = ("cli", "mini", "profile")  # no score depends on them; weights and questions are pinned by themselves

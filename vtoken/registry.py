@@ -6,11 +6,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import yaml
 
 if TYPE_CHECKING:
     from vtoken.reducers.base import Reducer
@@ -38,13 +37,19 @@ def register(name: str):
     return decorate
 
 
+def _known() -> dict[str, type[Reducer]]:
+    """All registered reducers; those of the package register when it is imported, which takes torch."""
+    importlib.import_module("vtoken.reducers")
+    return _REDUCERS
+
+
 def list_reducers(pattern: str = "*") -> list[str]:
     """Names of the registered reducers that match a shell pattern, sorted.
 
     >>> "random" in list_reducers("ran*")
     True
     """
-    return sorted(fnmatch.filter(_REDUCERS, pattern))
+    return sorted(fnmatch.filter(_known(), pattern))
 
 
 def reducer_class(name: str) -> type[Reducer]:
@@ -55,11 +60,12 @@ def reducer_class(name: str) -> type[Reducer]:
     ValueError
         For an unknown name, with the nearest known ones.
     """
-    if name not in _REDUCERS:
-        near = difflib.get_close_matches(name, _REDUCERS, n=1, cutoff=0.4)
+    known = _known()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(list_reducers())}."
         raise ValueError(f"Unknown reducer {name!r}: {hint}")
-    return _REDUCERS[name]
+    return known[name]
 
 
 def _build(name: str, params: Mapping[str, Any]) -> Reducer:
@@ -113,7 +119,7 @@ def get_reducer(spec: str | Mapping[str, Any] | Path | Reducer, **params: Any) -
         return _from_mapping(spec, params)
     if isinstance(spec, Path) or str(spec).endswith((".yaml", ".yml")):
         return _from_mapping(_read_yaml(Path(spec)), params)
-    if spec not in _REDUCERS and (preset := preset_path(spec)):
+    if spec not in _known() and (preset := preset_path(spec)):
         return _from_mapping(_read_yaml(preset), params)
     return _build(spec, params)
 
@@ -134,6 +140,8 @@ def list_presets() -> list[str]:
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
+    import yaml
+
     if not path.is_file():
         raise ValueError(f"There is no reducer file {str(path)!r}: give a YAML file with the key 'reducer'.")
     try:

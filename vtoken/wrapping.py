@@ -17,6 +17,7 @@ from vtoken.engine.session import Session
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
 from vtoken.stats import Stats
+from vtoken.versions import check_transformers
 
 Model = TypeVar("Model", bound=nn.Module)
 ATTRIBUTE = "_vtoken_session"
@@ -87,7 +88,10 @@ def wrap(
         If the reducer or a parameter is unknown, or the model is wrapped already.
     TypeError
         If no adapter knows the model.
+    RuntimeError
+        If the installed transformers is none of those that vtoken is tested with.
     """
+    check_transformers()
     if (active := session_of(model)) is not None:
         raise ValueError(f"The model is wrapped already, with {active.reducer}: call vtoken.unwrap(model) first.")
     built = get_reducer(reducer, **params)

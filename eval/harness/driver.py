@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from vtoken.eval.errors import EvalError, MissingExtraError
 
@@ -55,6 +54,8 @@ def require() -> None:
 def load_harness() -> Any:
     """Import ``lmms_eval.evaluator``; takes seconds, the host's log sinks and warning filters survive."""
     require()
+    from unittest import mock  # here, because it imports asyncio: ``vtoken tasks`` needs neither
+
     from loguru import logger
 
     quiet = lambda *args, **kwargs: 0  # noqa: E731
@@ -77,6 +78,8 @@ def _no_log() -> Iterator[None]:
 @contextlib.contextmanager
 def _no_bars(evaluator: Any) -> Iterator[None]:
     """lmms-eval forces its progress bars on; they would tear our own display."""
+    from unittest import mock
+
     from tqdm import tqdm
 
     task_module = importlib.import_module("lmms_eval.api.task")
@@ -155,6 +158,7 @@ class _CollectedError(Exception):
 
 def collect_requests(model: Any, task: Any, *, limit: int | None, seed: int, output: Path) -> list[Any]:
     """What `evaluate` would ask the model, in its order; the model is asked nothing, but shown the documents."""
+    from unittest import mock
 
     def collect(requests: list[Any]) -> None:
         raise _CollectedError(requests)

@@ -269,3 +269,19 @@ def test_a_projector_that_begins_with_a_norm_is_most_sensitive_to_small_inputs(s
     script("sensitivity", "--quick", "--out", str(out)).main()
     found = json.loads(out.read_text())["results"]
     assert found["mini-internvl"]["most"] < -0.5 < found["mini-llava-next"]["least"]
+
+
+def test_starts_are_measured_in_turn_and_called_noisy(script, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "startup.json"
+    module = script("startup", "--quick", "--rounds", "2", "--out", str(out))
+    module.main()
+    found = json.loads(out.read_text())["results"]["seconds"]
+    assert list(found) == ["vtoken"]
+    assert found["vtoken"]["wall"]["median"] > 0
+    assert capsys.readouterr().out.startswith("vtoken")
+    seconds = iter([1, 1, 1, 1, 2, 1.5, 2, 2.4, 3, 2.1, 2, 3.5])  # three a round
+    monkeypatch.setattr(module, "run", lambda command: (next(seconds), 0.5))
+    found = module.measure({module.BASE: [], module.AGAIN: [], "vtoken": []}, 3)
+    assert found["added"]["vtoken"] == {"wall": pytest.approx(1.0), "cpu": 0.0}
+    assert found["added"][module.AGAIN]["wall"] == pytest.approx(0.4)
+    assert found["noisy"] == [module.BASE, "vtoken", "added"]

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vtoken list`` and ``vtoken tasks``."""
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
 import vtoken
-from vtoken.cli import app, catalogue
+from vtoken.cli import app
+from vtoken.cli.catalogue import FILE
+from vtoken.cli.describe import catalogue, describe
 from vtoken.eval.tasks import bundled_tasks
 
 
@@ -16,6 +20,11 @@ def test_lists_every_reducer():
     assert "llava_next" in done.stdout
 
 
+def test_what_is_listed_is_what_reducers_say():
+    shipped = json.loads(FILE.read_text(encoding="utf-8"))
+    assert shipped == json.loads(json.dumps(catalogue())), "run python -m vtoken.cli.describe"
+
+
 def test_lists_by_pattern():
     done = CliRunner().invoke(app, ["list", "*pru*"])
     assert "idpruner" in done.stdout
@@ -24,7 +33,7 @@ def test_lists_by_pattern():
 
 @pytest.mark.parametrize("name", vtoken.list_reducers())
 def test_every_reducer_describes_itself(name):
-    _, stages, _, paper, summary = catalogue.describe(vtoken.registry.reducer_class(name))
+    _, stages, _, paper, summary = describe(vtoken.registry.reducer_class(name))
     assert stages
     assert summary.endswith(".")
     assert paper == "" or paper[4] == "."

@@ -10,7 +10,7 @@ import yaml
 from oracles import visual_and_real
 
 import vtoken
-from vtoken.cli.catalogue import describe
+from vtoken.cli.describe import describe
 from vtoken.engine.light import neighbours
 from vtoken.light import LightLayer
 from vtoken.reducers.heads import active_heads

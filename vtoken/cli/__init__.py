@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``vtoken`` command. Every command is a file of its own and registers itself here."""
+"""The ``vtoken`` command. Every command is a file of its own and is registered here.
+
+All of these files are imported for any command: what takes long to import belongs inside of the functions that use it.
+"""
 
 from __future__ import annotations
 

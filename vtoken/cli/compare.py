@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from vtoken.cli.cells import run_cells, show_cells
 from vtoken.cli.console import sentences
@@ -84,6 +83,8 @@ def _nothing_else(options: dict[str, Any]) -> None:
 
 def _items(text: str | None) -> list[Any] | None:
     """A list with commas, as YAML reads it: numbers are numbers, and mappings in braces are possible."""
+    import yaml
+
     if text is None:
         return None
     try:

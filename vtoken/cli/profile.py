@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich import box
 from rich.table import Table
 
@@ -60,6 +59,8 @@ def profile_command(
         out().print(_table(both, [path.stem for path in compare]))
         return
     with sentences():
+        import yaml
+
         from vtoken.registry import get_reducer
 
         chosen = get_reducer(reducer, keep=yaml.safe_load(keep))

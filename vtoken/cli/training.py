@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vtoken.cli.console import INTERRUPTED, err, out, sentences
 
@@ -47,6 +46,8 @@ def train_part(
     **numbers
         Of the `Plan`.
     """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     with sentences():
         from vtoken.training.loop import Plan, discard
 

@@ -16,7 +16,7 @@ def test_every_bundled_task_is_described():
 
 
 def test_every_note_is_about_a_task_that_exists():
-    names = set(catalogue._notes()["lmms_eval"])
+    names = {*catalogue._notes()["lmms_eval"], "mmmu_val_group_img"}  # the last one's file has another name
     assert names <= set(task_files())
     assert [info.name for info in catalogue.notable()] == list(catalogue._notes()["lmms_eval"])
     files = task_files()  # of lmms-eval's own index
