@@ -23,7 +23,7 @@ from vtoken.engine.encode import encode, real_tokens
 from vtoken.engine.masks import Visibility
 from vtoken.engine.prefill import Prefill
 from vtoken.engine.prompt import Prompt, place
-from vtoken.engine.tower import ITEM, VisionReader, VisionRecord, feature_list
+from vtoken.engine.tower import VisionReader, VisionRecord, feature_list
 from vtoken.engine.work import Work
 from vtoken.ops.ragged import compact, gather
 from vtoken.precision import without_autocast
@@ -78,7 +78,7 @@ def shorten(
     keep, hidden = _choose(adapter, built, work, kinds, records, embeds, real_tokens(inputs))
     for modality, output in outputs.items():
         here = kinds == MODALITIES[modality]
-        output = type(output)(**{name: value for name, value in output.items() if name != ITEM})
+        output = type(output)(**output)
         _cut_features(output, hidden[here], keep[here])
         outputs[modality] = output
     return {**_shorter(model, inputs, keep), "mm_encoder_outputs": outputs}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vtoken.adapters.base import MODALITIES
 from vtoken.engine import cache as kv
 from vtoken.engine.masks import columns_of, is_prepared
-from vtoken.engine.tower import ITEM, VisionRecord, expand_items
+from vtoken.engine.tower import VisionRecord, expand_items, record_of
 
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
@@ -149,14 +149,19 @@ class Forward:
         for modality, output in encoded.items():
             if output is None:
                 continue
-            if ITEM in output:
-                self.records[modality] = output[ITEM]
-            elif generation is not None and generation.ids is not None and modality in generation.records:
-                self.records[modality] = chunk_record(adapter, generation, modality, self.kinds, past)
+            if (record := record_of(output)) is not None:
+                self.records[modality] = record
+            elif generation is not None and modality in generation.records:
+                # generate() made another output of it: repeated for beams, moved to a device, or cut into chunks
+                known = generation.ids is not None
+                whole = generation.records[modality]
+                record = chunk_record(adapter, generation, modality, self.kinds, past) if known else whole
+                self.records[modality] = record
             else:
                 raise NotImplementedError(
-                    "The visual features (mm_encoder_outputs) were computed before the model was wrapped: pass the "
-                    "pixels to forward or generate instead, or encode with the wrapped model."
+                    "Nothing is known of the pictures behind these visual features (mm_encoder_outputs), which the "
+                    "wrapped model did not compute, or which were copied since: pass the pixels to forward or generate "
+                    "instead, or encode with the wrapped model."
                 )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vtoken.engine import cache as kv
 from vtoken.engine import masks
 from vtoken.engine.forward import TWO_THREADS, Forward, is_inside
-from vtoken.engine.prompt import Generations, generation_of
+from vtoken.engine.prompt import Generation, Generations, generation_of
 from vtoken.engine.tower import VisionRecord
 
 if TYPE_CHECKING:
@@ -182,15 +182,23 @@ class Opening:
         forward.take_encoded(self.adapter, encoded, generation, past)
         if not self.session.work.idle:
             masks.check_turn_window(self.adapter, forward.cache if kv.is_static(forward.cache) else None, 0)
-        self._check_chunk(generation, past + kinds.shape[1])
+        if generation is not None and generation.start <= past:
+            self._check_chunk(generation, past, past + kinds.shape[1])
 
-    def _check_chunk(self, generation: Any, end: int) -> None:
-        work = self.session.work
-        if generation is not None and end < generation.length and work.reads_question:
+    def _check_chunk(self, generation: Generation, past: int, end: int) -> None:
+        """Refuse a chunk of the prompt with pictures where what is done with them depends on other chunks."""
+        session, behind, before = self.session, generation.length - end, past - generation.start
+        if session.work.reads_question and (behind > 0 or before > 0):
+            part = f"{behind} tokens behind" if behind > 0 else f"{before} tokens before"
             raise NotImplementedError(
-                f"Reducer {self.session.reducer.name!r} reads the question, of which {generation.length - end} tokens "
-                "come in later chunks than the picture: choose a larger prefill_chunk_size, or a reducer that does not "
-                "read the text."
+                f"Reducer {session.reducer.name!r} reads the text of the prompt, of which prefill_chunk_size leaves "
+                f"{part} the picture to other chunks: choose a larger prefill_chunk_size, or a reducer that does not "
+                "read text."
+            )
+        if before > 0 and any(light.changes_attention for light in session.work.light.values()):
+            raise NotImplementedError(
+                f"Reducer {session.reducer.name!r} lets visual tokens see little of each other, and prefill_chunk_size "
+                "hides those of earlier chunks from it: choose a larger prefill_chunk_size."
             )
 
     # ------------------------------------------------------------------ models without an outer module

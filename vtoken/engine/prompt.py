@@ -357,6 +357,8 @@ class Generation:
     ----------
     length : int
         Tokens of the prompt, those that a cache holds already included.
+    start : int
+        Tokens that the cache held when the call began.
     ids : Tensor or None
         (B, length) long: the ids of the prompt, where they are all given.
     records : dict
@@ -364,6 +366,7 @@ class Generation:
     """
 
     length: int
+    start: int
     ids: Tensor | None
     records: dict[str, VisionRecord] = field(default_factory=dict)
 
@@ -377,7 +380,9 @@ def generation_of(inputs: Any, kwargs: Mapping[str, Any]) -> Generation | None:
     length = given.shape[1]
     if isinstance(mask, Tensor) and mask.dim() == 2:
         length = max(length, mask.shape[1])  # only new tokens may be given, beside a mask over cached ones too
-    return Generation(length, ids if given is ids and ids.shape[1] == length else None)
+    cache = kwargs.get("past_key_values")
+    start = int(cache.get_seq_length()) if cache is not None else 0
+    return Generation(length, start, ids if given is ids and ids.shape[1] == length else None)
 
 
 class Generations(threading.local):

@@ -2,8 +2,8 @@
 """The vision side of a wrapped model: what the encoder said about each visual token.
 
 ``generate`` encodes the pictures before the forward pass (transformers >= 5.18), a plain forward inside of it. Both
-call ``get_image_features`` on the outer module, which the session wraps: what was read there travels with the features
-to the prefill as an *item* of the output, because accelerate's hooks rebuild the object and lose its attributes.
+call ``get_image_features`` on the outer module, which the session wraps. What was read there is left in the `Forward`
+that is under way, else in the call of ``generate``, which may copy the output; and beside that in an attribute of it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from vtoken.engine.towercut import TowerCut
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
     from vtoken.reducers.base import Reducer
-
-ITEM = "vtoken"
-"""Key of the record inside the output of ``get_image_features``."""
 
 
 @dataclass
@@ -130,6 +127,11 @@ class Observed:
         return maps, dropped
 
 
+def record_of(output: Any) -> VisionRecord | None:
+    """What is known of the features of a ``get_*_features`` output, None where it was not made by a wrapped model."""
+    return getattr(output, "vtoken", None)
+
+
 def feature_list(output: Any) -> list[Tensor]:
     """The per-item features (N_i, D) of a ``get_image_features`` output, whatever the transformers version."""
     features = getattr(output, "pooler_output", output)
@@ -174,7 +176,7 @@ class VisionReader:
         seen = self.observe(lambda: original(*args, **given), modality)
         if modality not in self._signatures:
             self._signatures[modality] = inspect.signature(original)
-        bound = self._signatures[modality].bind_partial(*args, **kwargs)
+        bound = self._signatures[modality].bind_partial(*args, **given)
         call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         record = self._record(seen, modality, call)
         if self.resampler is not None:
@@ -182,7 +184,7 @@ class VisionReader:
         if as_tuple:
             return seen.output.to_tuple(), record
         if hasattr(seen.output, "pooler_output"):
-            seen.output[ITEM] = record
+            seen.output.vtoken = record  # an attribute: as a mapping and as a tuple the output stays as stock
         return seen.output, record
 
     def _resample(self, original: Callable, modality: str, call: dict, layouts: list[ItemLayout]) -> list[Tensor]:
