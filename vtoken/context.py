@@ -381,9 +381,9 @@ class VisualContext:
             notes={**self.notes, **cut.notes},
         )
 
-    def with_states(self, hidden: Tensor) -> VisualContext:
-        """The same tokens with other states (B, S, D)."""
-        found = replace(self, hidden=hidden)
+    def same_tokens(self, **changes: Any) -> VisualContext:
+        """The same tokens at another stage: with other states, attention, notes ..."""
+        found = replace(self, **changes)
         if "_index" in vars(self):  # looking for the tokens waits for the device
             vars(found)["_index"] = vars(self)["_index"]
         return found

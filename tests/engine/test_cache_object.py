@@ -584,5 +584,6 @@ def test_the_oracle_sees_what_is_hidden():
     assert not torch.allclose(first, hidden_reference(model, inputs, fewer, text(1, 0), 20, ids))
     later = [*kept, (3, fewer[0][1])]
     assert not torch.allclose(first, hidden_reference(model, inputs, later, text(1, 0), 20, ids))
-    with explicit_masks(model, lambda layer: torch.ones(1, 26, 26).tril().bool()), torch.no_grad():
+    length = inputs["input_ids"].shape[1]
+    with explicit_masks(model, lambda layer: torch.ones(1, length, length).tril().bool()), torch.no_grad():
         assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]

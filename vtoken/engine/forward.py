@@ -123,18 +123,6 @@ class Forward:
             return mask
         return columns_of(self.cache, 0, given.shape[1], mask)
 
-    def renumbered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the language model in a decode step: its position ids go on where compact ones ended."""
-        pruned = kv.pruned_of(self.cache)
-        if pruned is None or pruned.shift is None:
-            return kwargs
-        position_ids, embeds = kwargs.get("position_ids"), kwargs.get("inputs_embeds")
-        given = kwargs["input_ids"] if embeds is None else embeds
-        if position_ids is None:
-            past = kv.logical_length(self.cache)
-            position_ids = torch.arange(past, past + given.shape[1], device=given.device)[None]
-        return {**kwargs, "position_ids": position_ids - pruned.shift[:, None].to(position_ids.device)}
-
     def take_encoded(
         self, adapter: Adapter, encoded: Mapping[str, Any], generation: Generation | None, past: int
     ) -> None:

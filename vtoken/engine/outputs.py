@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from vtoken.engine import cache as kv
+from vtoken.engine.positions import shift_of
 from vtoken.ops.ragged import restore
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
-    from vtoken.engine.prefill import Group, Prefill
+    from vtoken.engine.group import Group
+    from vtoken.engine.prefill import Prefill
 
 
 def finish(prefill: Prefill, output: Any) -> Any:
@@ -28,7 +30,7 @@ def finish(prefill: Prefill, output: Any) -> Any:
         remember(prefill, cache)
     if prefill.shortened:
         output.last_hidden_state = full_length(prefill, output.last_hidden_state)
-    if getattr(output, "router_logits", None) is not None and (prefill.shortened or prefill.hide):
+    if getattr(output, "router_logits", None) is not None:
         output.router_logits = router_rows(prefill, output.router_logits)
     return output
 
@@ -44,7 +46,8 @@ def full_length(prefill: Prefill, states: Tensor) -> Tensor:
 def router_rows(prefill: Prefill, logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Router logits (rows, experts) of each expert layer, without the rows of padding and hidden tokens.
 
-    So a load-balancing loss over all rows is that of the tokens which the layers really worked on.
+    So a load-balancing loss over all rows is that of the tokens which the layers really worked on. A light layer routes
+    rows of text only, and has no others.
     """
     layers = [i for i, layer in enumerate(prefill.adapter.layers) if _routes(layer)]
     if len(layers) != len(logits):
@@ -54,7 +57,8 @@ def router_rows(prefill: Prefill, logits: tuple[Tensor, ...]) -> tuple[Tensor, .
         )
     found = []
     for layer, rows in zip(layers, logits, strict=True):
-        found.append(rows[prefill.group_of(layer).valid.flatten().to(rows.device)])
+        valid = prefill.group_of(layer).valid.flatten().to(rows.device)
+        found.append(rows[valid] if len(rows) == len(valid) else rows)
     return tuple(found)
 
 
@@ -92,10 +96,10 @@ def _shift(prefill: Prefill, cache: Cache) -> Tensor | None:
     new = None
     if prefill.renumbered:
         new = prefill.prompt.real.sum(1) - prefill.groups[0].valid.sum(1)
-    old = kv.pruned_of(cache)
-    if old is None or old.shift is None:
+    old = shift_of(cache)
+    if old is None:
         return new
-    return old.shift if new is None else new + old.shift
+    return old if new is None else new + old
 
 
 def _columns(prefill: Prefill, cache: Cache, layer: int, group: Group, old: kv.Pruned | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,82 +20,15 @@ from torch import Tensor, nn
 
 from vtoken.context import Attention, Cut, VisualContext
 from vtoken.engine import cache as kv
+from vtoken.engine.group import Group
 from vtoken.engine.masks import Visibility, check_flash_window, layer_type
+from vtoken.engine.positions import given_or_counted, renumbered, shift_of
 from vtoken.engine.prompt import Prompt, View
 from vtoken.engine.reading import Coming, table_rows
-from vtoken.ops.ragged import compact, gather, spread
+from vtoken.ops.ragged import compact, gather
 
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """The sequence that layers from ``start`` on work on.
-
-    Parameters
-    ----------
-    index : Tensor
-        (B, n) long: the kept tokens, as positions in the call's S tokens.
-    relative : Tensor
-        (B, n) long: the same as positions in the first group, the sequence that the language model was given.
-    valid : Tensor
-        (B, n) bool: False on padding (and, with the mask backend, on hidden tokens).
-    item, slot : Tensor
-        (B, n) long: which token of which item stands there, -1 elsewhere.
-    text : Tensor
-        (B, n) bool: real tokens that are no placeholder; they always stay.
-    view : View
-        The prompts in this sequence.
-    """
-
-    start: int
-    index: Tensor
-    relative: Tensor
-    valid: Tensor
-    item: Tensor
-    slot: Tensor
-    text: Tensor
-    view: View
-
-    def to(self, device: torch.device) -> Group:
-        """The same on the device of a layer, of a model whose layers live on several."""
-        if self.index.device == device:
-            return self
-        names = ("index", "relative", "valid", "item", "slot", "text")
-        view = View(*(None if x is None else x.to(device) for x in (self.view.row, self.view.index, self.view.valid)))
-        return replace(self, view=view, **{name: getattr(self, name).to(device) for name in names})
-
-    @property
-    def visual(self) -> Tensor:
-        """(B, n) bool."""
-        return self.item >= 0
-
-    def stays(self, cut: Cut, held: Tensor | None) -> Tensor:
-        """(B, n) bool: what is left of the sequence after a cut."""
-        keep = cut.keep if held is None else cut.keep | held.to(cut.keep.device)
-        return spread(keep.to(self.item.device), self.item, self.slot, False) | self.text
-
-    def rewritten(self, hidden: Tensor, cut: Cut) -> Tensor:
-        """(B, n, D): the states with the features that the cut gives to the tokens it keeps."""
-        if cut.features is None:
-            return hidden
-        stays = spread(cut.keep, self.item, self.slot, False)
-        return torch.where(stays[..., None], spread(cut.features.to(hidden.dtype), self.item, self.slot), hidden)
-
-    def taken(self, start: int, index: Tensor, valid: Tensor, prompt: Prompt, first: bool = False) -> Group:
-        """The sequence of the tokens ``index`` (B, n) of this one, ``valid`` (B, n)."""
-        item, slot = (torch.where(valid, gather(x, index), -1) for x in (self.item, self.slot))
-        text, whole = gather(self.text, index) & valid, gather(self.index, index)
-        relative = gather(self.relative, index)
-        if first:
-            relative = torch.arange(index.shape[1], device=index.device).expand(index.shape)
-        return Group(start, whole, relative, valid, item, slot, text, prompt.view(whole, valid))
-
-    def hiding(self, start: int, keep: Tensor, prompt: Prompt) -> Group:
-        """The same sequence in which only ``keep`` (B, n) is visible."""
-        item, slot = (torch.where(keep, x, -1) for x in (self.item, self.slot))
-        return Group(start, self.index, self.relative, keep, item, slot, self.text, prompt.view(self.index, keep))
 
 
 class Prefill:
@@ -158,8 +91,10 @@ class Prefill:
             kwargs = self._drop(keep, kwargs, full)
         elif kv.pruned_of(self.visibility.cache) is not None and not isinstance(kwargs.get("attention_mask"), Mapping):
             kwargs = {**kwargs, "attention_mask": self.visibility.columns(0, group.valid)}
-        if positions == "compact" and not self.hide and (not nothing or self._shift() is not None):
-            kwargs = {**kwargs, "position_ids": self._renumber(given)}
+        shift = shift_of(self.visibility.cache)
+        if positions == "compact" and not self.hide and (not nothing or shift is not None):
+            self.renumbered = True  # before the language model sees the new ids
+            kwargs = {**kwargs, "position_ids": renumbered(self.prompt, self.group.valid, given, self.past, shift)}
         self._show(None)
         return kwargs
 
@@ -168,9 +103,7 @@ class Prefill:
         index, valid = compact(keep)
         self.moved = True
         self.groups = (self.group.taken(0, index, valid, self.prompt, first=True),)  # no layer has run: replaced
-        position_ids = kwargs.get("position_ids")
-        if position_ids is None:
-            position_ids = torch.arange(self.past, self.past + self.length, device=index.device)[None]
+        position_ids = given_or_counted(kwargs.get("position_ids"), self.past, self.length, index.device)
         embeds = gather(kwargs["inputs_embeds"], index)
         kwargs = {
             **kwargs,
@@ -181,42 +114,17 @@ class Prefill:
         }
         return self.adapter.cut_extras(kwargs, index, valid)
 
-    def _shift(self) -> Tensor | None:
-        pruned = kv.pruned_of(self.visibility.cache)
-        return None if pruned is None else pruned.shift
-
-    def _renumber(self, position_ids: Tensor | None) -> Tensor:
-        """(B, n) consecutive ids of the kept tokens, from the id that the first token of the call had."""
-        if self.prompt.document is not None:
-            raise NotImplementedError(
-                "positions='compact' is not defined for packed rows, whose documents are told by their position ids: "
-                "pass positions='keep'."
-            )
-        self.renumbered = True
-        group = self.group
-        if position_ids is None:
-            position_ids = torch.arange(self.past, self.past + self.length, device=group.index.device)[None]
-        if position_ids.dim() != 2:
-            raise NotImplementedError(
-                "positions='compact' is defined for 1-D position ids only, this model uses M-RoPE: "
-                "pass positions='keep'."
-            )
-        first = gather(position_ids, self.prompt.real.to(torch.int8).argmax(1, keepdim=True))
-        if (shift := self._shift()) is not None:
-            first = first - shift[:, None].to(first.device)
-        return (group.valid.cumsum(1) - 1).clamp(min=0) + first
-
     # ------------------------------------------------------------------ at a decoder layer
     def show(self, layer: int, hidden: Tensor, module: nn.Module | None, kwargs: dict[str, Any]) -> VisualContext:
         """The context as it stands before decoder layer ``layer``, or behind the last one."""
         group = self.group.to(hidden.device)
         self._show(hidden)
-        ctx = replace(self.context, layer=layer)
+        ctx = self.context.same_tokens(layer=layer)
         if module is not None:
             kwargs = self.layer_kwargs(layer, hidden, kwargs)
             documents = self.documents_of(group)
             coming = Coming(self.adapter, layer, module, kwargs, hidden, group.view, documents, self.aside)
-            ctx = replace(ctx, peek=functools.partial(coming.peek, ctx), rerun=coming.rerun)
+            ctx = ctx.same_tokens(peek=functools.partial(coming.peek, ctx), rerun=coming.rerun)
         return ctx
 
     def cut_layer(self, layer: int, hidden: Tensor, cut: Cut | None) -> Tensor:
@@ -245,23 +153,21 @@ class Prefill:
     def _advance(self, cut: Cut) -> None:
         """The reducer's context after its answer, apart from the sequence, which `_show` takes from the group."""
         notes = {**self.context.notes, **cut.notes}
-        self.context = replace(self.context, sizes=self.context.sizes if cut.sizes is None else cut.sizes, notes=notes)
+        sizes = self.context.sizes if cut.sizes is None else cut.sizes
+        self.context = self.context.same_tokens(sizes=sizes, notes=notes)
 
     def _show(self, hidden: Tensor | None) -> None:
         """The context of the group at work; without ``hidden`` states, as nobody asks for them before a layer does."""
-        group = self.group if hidden is None else self.group.to(hidden.device)
-        view, item = group.view, self.context.item
-        if self._shown is self.group and (hidden is None or hidden.device == item.device):
-            states = item.new_empty(*item.shape, 0) if hidden is None else view.take(hidden)
-            self.context = self.context.with_states(states)
-            return
-        self._shown = self.group
-        item, slot, text = (view.take(x) for x in (group.item, group.slot, group.text & group.valid))
-        if view.index is not None:
-            item, slot = (x.masked_fill(~view.valid, -1) for x in (item, slot))
-            text = text & view.valid
-        states = item.new_empty(*item.shape, 0) if hidden is None else view.take(hidden)
-        self.context = replace(self.context, hidden=states, item=item, slot=slot, text=text)
+        device = self.context.item.device if hidden is None else hidden.device
+        group = self.group.to(device)
+        blank = torch.empty(*group.view.valid.shape, 0, dtype=torch.float32, device=device)
+        states = blank if hidden is None else group.view.take(hidden)
+        if self._shown is self.group and device == self.context.item.device:
+            self.context = self.context.same_tokens(hidden=states)
+        else:
+            item, slot, text = group.shown
+            self.context = replace(self.context, hidden=states, item=item, slot=slot, text=text)
+            self._shown = self.group  # the context is of this group from here on
 
     @property
     def has_visual(self) -> bool:
@@ -275,7 +181,7 @@ class Prefill:
 
     def record(self, layer: int, attention: Attention) -> None:
         """Remember attention rows of a layer that ran, for the contexts to come."""
-        self.context = replace(self.context, attention={**self.context.attention, layer: attention})
+        self.context = self.context.same_tokens(attention={**self.context.attention, layer: attention})
 
     def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Mask, rotary tables and position ids of the group that the layer works on."""

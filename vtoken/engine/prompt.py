@@ -88,11 +88,7 @@ def place(
     reads : sequence of EncoderRead
         Statistics that are wanted.
     """
-    device = real.device
-    kinds = kinds.to(device)
-    for modality, code in MODALITIES.items():
-        if modality not in records:
-            kinds = torch.where(kinds == code, 0, kinds)
+    device, kinds = real.device, _encoded_kinds(kinds.to(real.device), records)
     item, slot = (torch.full(kinds.shape, -1, device=device) for _ in range(2))
     dropped, row = torch.zeros_like(real), torch.empty(0, dtype=torch.long, device=device)
     found = _Found({read: [] for read in reads})
@@ -110,18 +106,24 @@ def place(
         row = torch.cat([row, row.new_zeros(len(order))]).scatter(0, known[0], places[0])
         if record.dropped is not None:
             dropped[places] = torch.cat(_items(record.dropped, record, order, device))
-    shown = None
-    hidden = (kinds > 0) & ~real
+    shown, gone, hidden = None, None, (kinds > 0) & ~real
     if bool(hidden.any()):  # a picture, or a part of one, that the caller's mask hides
         lengths = torch.tensor([len(layout.view) for layout in found.layouts], device=device)
         shown = lengths - torch.bincount(item[hidden & (item >= 0)], minlength=len(lengths))
         item, slot = (x.masked_fill(hidden, -1) for x in (item, slot))
-    gone = None
     if any(record.dropped is not None for record in records.values()):
         gone = item.masked_fill(~dropped, -1), slot.masked_fill(~dropped, -1)
         item, slot = (x.masked_fill(dropped, -1) for x in (item, slot))
     table = ItemTable.of(found.layouts, device, shown)
     return Placed(item, slot, real & (kinds == 0), row, gone, table, *found.padded())
+
+
+def _encoded_kinds(kinds: Tensor, records: Mapping[str, VisionRecord]) -> Tensor:
+    """``kinds`` (B, S) in which a placeholder that no picture belongs to is text."""
+    for modality, code in MODALITIES.items():
+        if modality not in records:
+            kinds = torch.where(kinds == code, 0, kinds)
+    return kinds
 
 
 @dataclass

@@ -20,9 +20,11 @@ from vtoken.engine import cache as kv
 from vtoken.engine import masks, outputs
 from vtoken.engine.forward import Forward
 from vtoken.engine.opening import COMPILED, needs_nothing
+from vtoken.engine.positions import gone_on
 from vtoken.engine.prefill import Prefill
 from vtoken.engine.prompt import Prompt, behind_labels, behind_length, place
 from vtoken.engine.reading import reader
+from vtoken.engine.steps import step_kwargs
 from vtoken.engine.taps import tap
 from vtoken.stats import Stats
 
@@ -75,7 +77,7 @@ class Running:
         if forward is None or forward.kinds is None or not forward.records:
             pruned = kv.pruned_of(kwargs.get("past_key_values"))
             self.watch_layers(pruned is not None and (self.work.slides or not pruned.uniform))
-            return args, kwargs if forward is None else forward.renumbered(kwargs)
+            return args, gone_on(kwargs)
         return args, self._begin(forward, kwargs)
 
     def _begin(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -157,13 +159,7 @@ class Running:
         forward = self.session.forward
         if forward is not None and forward.prefill is not None:
             return self._prefill_layer(index, module, args, kwargs, forward.prefill)
-        cache: Any = kwargs.get("past_key_values")
-        pruned = kv.pruned_of(cache, index) if cache is not None else None
-        if pruned is None:
-            return None
-        if pruned.buffer is not None and isinstance(kwargs.get("attention_mask"), Tensor):
-            return args, {**kwargs, "attention_mask": masks.static_step_mask(cache, index, kwargs["attention_mask"])}
-        return self._step_layer(index, args, kwargs, forward, pruned)
+        return step_kwargs(self.adapter, self.work.kinds[index], index, args, kwargs, forward)
 
     @torch.compiler.disable(reason=COMPILED)
     def _prefill_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict, prefill: Prefill) -> Any:
@@ -178,30 +174,6 @@ class Running:
             stats.add_group(index, prefill.context.valid, cut)
             stats.selection_seconds += time.perf_counter() - started
         return (hidden, *args[1:]), prefill.layer_kwargs(index, hidden, kwargs)
-
-    def _step_layer(
-        self, index: int, args: tuple, kwargs: dict[str, Any], forward: Forward | None, pruned: kv.Pruned
-    ) -> Any:
-        """A layer that stores other columns than layer 0 needs a mask of its own."""
-        cache, given, query = kwargs["past_key_values"], kwargs.get("attention_mask"), args[0].shape[1]
-        first: Any = kv.pruned_of(cache)
-        kind = self.work.kinds[index]
-        sliding = kind == masks.SLIDING and pruned.buffer is None and query == 1
-        if pruned.group == first.group and not sliding:
-            return None  # the model builds the mask of the first layer itself
-        memo = {} if forward is None else forward.masks
-        key = (pruned.group, kind)
-        if key not in memo:
-            prepared = isinstance(given, Tensor) or (given is None and pruned.full)
-            if query == 1 and kind == masks.FULL and prepared and pruned.buffer is None:
-                memo[key] = None if given is None else masks.step_mask(cache, index, given)
-            else:
-                window = self.adapter.language_model.config.sliding_window if sliding else None
-                two = None if forward is None else forward.mask2d
-                columns = masks.columns_of(cache, index, query, two, window)
-                nothing = columns is None and given is None
-                memo[key] = None if nothing else masks.build_mask(self.adapter, index, args[0], columns, cache)
-        return None if memo[key] is given else (args, {**kwargs, "attention_mask": memo[key]})
 
     @staticmethod
     def _check_checkpointing(module: nn.Module) -> None:

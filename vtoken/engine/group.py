@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sequence that a group of decoder layers works on: a value, from which a cut makes the next one.
+
+This file must not know masks, caches or hooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vtoken.context import Cut
+from vtoken.engine.prompt import Prompt, View
+from vtoken.ops.ragged import gather, spread
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The sequence that layers from ``start`` on work on.
+
+    Parameters
+    ----------
+    index : Tensor
+        (B, n) long: the kept tokens, as positions in the call's S tokens.
+    relative : Tensor
+        (B, n) long: the same as positions in the first group, the sequence that the language model was given.
+    valid : Tensor
+        (B, n) bool: False on padding (and, with the mask backend, on hidden tokens).
+    item, slot : Tensor
+        (B, n) long: which token of which item stands there, -1 elsewhere.
+    text : Tensor
+        (B, n) bool: real tokens that are no placeholder; they always stay.
+    view : View
+        The prompts in this sequence.
+    """
+
+    start: int
+    index: Tensor
+    relative: Tensor
+    valid: Tensor
+    item: Tensor
+    slot: Tensor
+    text: Tensor
+    view: View
+
+    def to(self, device: torch.device) -> Group:
+        """The same on the device of a layer, of a model whose layers live on several."""
+        if self.index.device == device:
+            return self
+        names = ("index", "relative", "valid", "item", "slot", "text")
+        view = View(*(None if x is None else x.to(device) for x in (self.view.row, self.view.index, self.view.valid)))
+        return replace(self, view=view, **{name: getattr(self, name).to(device) for name in names})
+
+    @property
+    def visual(self) -> Tensor:
+        """(B, n) bool."""
+        return self.item >= 0
+
+    @property
+    def shown(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``item``, ``slot`` and ``text`` of the prompts, (P, m) each."""
+        view = self.view
+        item, slot, text = (view.take(x) for x in (self.item, self.slot, self.text & self.valid))
+        if view.index is None:
+            return item, slot, text
+        return item.masked_fill(~view.valid, -1), slot.masked_fill(~view.valid, -1), text & view.valid
+
+    def stays(self, cut: Cut, held: Tensor | None) -> Tensor:
+        """(B, n) bool: what is left of the sequence after a cut."""
+        keep = cut.keep if held is None else cut.keep | held.to(cut.keep.device)
+        return spread(keep.to(self.item.device), self.item, self.slot, False) | self.text
+
+    def rewritten(self, hidden: Tensor, cut: Cut) -> Tensor:
+        """(B, n, D): the states with the features that the cut gives to the tokens it keeps."""
+        if cut.features is None:
+            return hidden
+        stays = spread(cut.keep, self.item, self.slot, False)
+        return torch.where(stays[..., None], spread(cut.features.to(hidden.dtype), self.item, self.slot), hidden)
+
+    def taken(self, start: int, index: Tensor, valid: Tensor, prompt: Prompt, first: bool = False) -> Group:
+        """The sequence of the tokens ``index`` (B, n) of this one, ``valid`` (B, n)."""
+        item, slot = (torch.where(valid, gather(x, index), -1) for x in (self.item, self.slot))
+        text, whole = gather(self.text, index) & valid, gather(self.index, index)
+        relative = gather(self.relative, index)
+        if first:
+            relative = torch.arange(index.shape[1], device=index.device).expand(index.shape)
+        return Group(start, whole, relative, valid, item, slot, text, prompt.view(whole, valid))
+
+    def hiding(self, start: int, keep: Tensor, prompt: Prompt) -> Group:
+        """The same sequence in which only ``keep`` (B, n) is visible."""
+        item, slot = (torch.where(keep, x, -1) for x in (self.item, self.slot))
+        return Group(start, self.index, self.relative, keep, item, slot, self.text, prompt.view(self.index, keep))

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step on a pruned cache: a layer that holds other columns than the first one needs a mask of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vtoken.engine import cache as kv
+from vtoken.engine import masks
+
+if TYPE_CHECKING:
+    from vtoken.adapters.base import Adapter
+    from vtoken.engine.forward import Forward
+
+
+def step_kwargs(
+    adapter: Adapter, kind: str, index: int, args: tuple, kwargs: dict[str, Any], forward: Forward | None
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Arguments of layer ``index``, of a ``kind`` of attention; None where those that it was given are right.
+
+    Traced by torch.compile where the cache is static: then only tensors of constant shapes are touched.
+    """
+    cache: Any = kwargs.get("past_key_values")
+    pruned = kv.pruned_of(cache, index) if cache is not None else None
+    if pruned is None:
+        return None
+    given = kwargs.get("attention_mask")
+    if pruned.buffer is not None and isinstance(given, Tensor):
+        return args, {**kwargs, "attention_mask": masks.static_step_mask(cache, index, given)}
+    first: Any = kv.pruned_of(cache)
+    query = args[0].shape[1]
+    sliding = kind == masks.SLIDING and pruned.buffer is None and query == 1
+    if pruned.group == first.group and not sliding:
+        return None  # the model builds the mask of the first layer itself
+    memo = {} if forward is None else forward.masks
+    key = (pruned.group, kind)
+    if key not in memo:
+        prepared = isinstance(given, Tensor) or (given is None and pruned.full)
+        if query == 1 and kind == masks.FULL and prepared and pruned.buffer is None:
+            memo[key] = None if given is None else masks.step_mask(cache, index, given)
+        else:
+            window = adapter.language_model.config.sliding_window if sliding else None
+            columns = masks.columns_of(cache, index, query, None if forward is None else forward.mask2d, window)
+            nothing = columns is None and given is None
+            memo[key] = None if nothing else masks.build_mask(adapter, index, args[0], columns, cache)
+    return None if memo[key] is given else (args, {**kwargs, "attention_mask": memo[key]})
