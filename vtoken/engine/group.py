@@ -81,7 +81,8 @@ class Group:
 
     def taken(self, start: int, index: Tensor, valid: Tensor, prompt: Prompt, first: bool = False) -> Group:
         """The sequence of the tokens ``index`` (B, n) of this one, ``valid`` (B, n)."""
-        item, slot = (torch.where(valid, gather(x, index), -1) for x in (self.item, self.slot))
+        gone = ~valid
+        item, slot = (gather(x, index).masked_fill(gone, -1) for x in (self.item, self.slot))
         text, whole = gather(self.text, index) & valid, gather(self.index, index)
         relative = gather(self.relative, index)
         if first:

@@ -208,6 +208,8 @@ class Opening:
         forward.kinds, forward.first = kinds, first
         forward.records["image"] = record
         self.session.claim(forward)
+        if (generation := self.generations.now) is not None:
+            generation.length = kinds.shape[1]  # the ids that generate() was given had one placeholder for a picture
 
     @torch.compiler.disable(reason=COMPILED)
     def bare_pre(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def place(
     """
     device, kinds = real.device, _encoded_kinds(kinds.to(real.device), records)
     item, slot = (torch.full(kinds.shape, -1, device=device) for _ in range(2))
-    dropped, row = torch.zeros_like(real), torch.empty(0, dtype=torch.long, device=device)
+    dropped, rows = torch.zeros_like(real), list[int]()
     found = _Found({read: [] for read in reads})
     for modality, code in MODALITIES.items():
         here = kinds == code
@@ -103,7 +103,7 @@ def place(
         places = here.nonzero(as_tuple=True)
         item[places], slot[places] = known
         found.add(record, order, device)
-        row = torch.cat([row, row.new_zeros(len(order))]).scatter(0, known[0], places[0])
+        rows += _rows([record.lengths[i] for i in order], counts)
         if record.dropped is not None:
             dropped[places] = torch.cat(_items(record.dropped, record, order, device))
     shown, gone, hidden = None, None, (kinds > 0) & ~real
@@ -115,14 +115,14 @@ def place(
         gone = item.masked_fill(~dropped, -1), slot.masked_fill(~dropped, -1)
         item, slot = (x.masked_fill(dropped, -1) for x in (item, slot))
     table = ItemTable.of(found.layouts, device, shown)
-    return Placed(item, slot, real & (kinds == 0), row, gone, table, *found.padded())
+    return Placed(item, slot, real & (kinds == 0), torch.tensor(rows, device=device), gone, table, *found.padded())
 
 
 def _encoded_kinds(kinds: Tensor, records: Mapping[str, VisionRecord]) -> Tensor:
     """``kinds`` (B, S) in which a placeholder that no picture belongs to is text."""
     for modality, code in MODALITIES.items():
         if modality not in records:
-            kinds = torch.where(kinds == code, 0, kinds)
+            kinds = kinds.masked_fill(kinds == code, 0)
     return kinds
 
 
@@ -155,6 +155,17 @@ def _numbered(first: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
     items = torch.arange(first, first + len(lengths), device="cpu")
     places = torch.cat([torch.arange(length, device="cpu") for length in lengths])
     return items.repeat_interleave(torch.tensor(lengths, device="cpu")), places
+
+
+def _rows(lengths: list[int], counts: list[int]) -> list[int]:
+    """Batch row of each item of such ``lengths``, of rows with ``counts`` placeholders."""
+    rows, row, left = [], 0, counts[0]
+    for length in lengths:
+        while not left:
+            row, left = row + 1, counts[row + 1]
+        rows.append(row)
+        left -= length
+    return rows
 
 
 def _items(values: Tensor, record: VisionRecord, order: list[int], device: torch.device) -> list[Tensor]:

@@ -103,4 +103,6 @@ def spread(x: Tensor, item: Tensor, slot: Tensor, fill: float = 0.0) -> Tensor:
     """
     here = item >= 0
     found = x[item.clamp(min=0), slot.clamp(min=0)]
+    if x.dtype == torch.bool and not fill:
+        return found & here
     return torch.where(here.view(*here.shape, *[1] * (x.dim() - 2)), found, fill)
