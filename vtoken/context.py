@@ -368,10 +368,13 @@ class VisualContext:
             keep = keep.scatter_(1, index.masked_fill(index < 0, self.longest), True)[:, :-1]
         return Cut(keep, features, sizes)
 
+    def kept(self, cut: Cut) -> Tensor:
+        """(I, N) bool: what stays of each item, the `held` token included."""
+        return cut.keep if self.held is None else cut.keep | self.held.to(cut.keep.device)
+
     def after(self, cut: Cut) -> VisualContext:
         """The context that a later stage of a chain sees: dropped tokens are no longer visual, the length stays."""
-        keep = cut.keep if self.held is None else cut.keep | self.held
-        stays = self.per_token(keep, False)
+        stays = self.per_token(self.kept(cut), False)
         return replace(
             self,
             hidden=self.rewritten(cut),

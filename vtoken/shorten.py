@@ -102,7 +102,7 @@ def _choose(
         with without_autocast(embeds.device):
             cut = reducer.before_llm(prefill.context)
     cut = Cut(prefill.context.valid) if cut is None else cut
-    return prefill.group.stays(cut, prefill.context.held) & real, prefill.group.rewritten(embeds, cut)
+    return prefill.group.stays(prefill.context.kept(cut)), prefill.group.rewritten(embeds, cut)
 
 
 def _check(model: nn.Module, adapter: Adapter, reducer: Reducer) -> None:

@@ -67,10 +67,9 @@ class Group:
             return item, slot, text
         return item.masked_fill(~view.valid, -1), slot.masked_fill(~view.valid, -1), text & view.valid
 
-    def stays(self, cut: Cut, held: Tensor | None) -> Tensor:
-        """(B, n) bool: what is left of the sequence after a cut."""
-        keep = cut.keep if held is None else cut.keep | held.to(cut.keep.device)
-        return spread(keep.to(self.item.device), self.item, self.slot, False) | self.text
+    def stays(self, keep: Tensor) -> Tensor:
+        """(B, n) bool: what is left of the sequence when ``keep`` (I, N) is left of the items."""
+        return (spread(keep.to(self.item.device), self.item, self.slot, False) | self.text) & self.valid
 
     def rewritten(self, hidden: Tensor, cut: Cut) -> Tensor:
         """(B, n, D): the states with the features that the cut gives to the tokens it keeps."""

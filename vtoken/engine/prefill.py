@@ -63,6 +63,7 @@ class Prefill:
         first = Group(0, everything, everything, prompt.real, placed.item, placed.slot, placed.text, view)
         self.groups = (first,)
         self.context = prompt.context(embeds, view, adapter, newlines)
+        self.left = self.context.valid  # (I, N) bool: tokens of the items that are left; changed by `_advance`
         self._shown = first  # the group whose context is at hand
         self.masks: dict[tuple[int, str], Any] = {}  # by group and kind of layer: a memo, never read for anything else
 
@@ -78,7 +79,7 @@ class Prefill:
         given = kwargs.get("position_ids")
         keep = group.valid
         if cut is not None:
-            keep = group.stays(cut, self.context.held) & group.valid
+            keep = group.stays(self.context.kept(cut))
             kwargs = {**kwargs, "inputs_embeds": group.rewritten(full, cut)}
             self._advance(cut)
         nothing = cut is None or torch.equal(keep, group.valid)
@@ -133,7 +134,7 @@ class Prefill:
             self._show(None)
             return hidden
         group = self.group.to(hidden.device)
-        keep = group.stays(cut, self.context.held) & group.valid
+        keep = group.stays(self.context.kept(cut))
         hidden = group.rewritten(hidden, cut)
         self._advance(cut)
         if torch.equal(keep, group.valid):
@@ -152,6 +153,7 @@ class Prefill:
 
     def _advance(self, cut: Cut) -> None:
         """The reducer's context after its answer, apart from the sequence, which `_show` takes from the group."""
+        self.left = self.left.to(cut.keep.device) & self.context.kept(cut)
         notes = {**self.context.notes, **cut.notes}
         sizes = self.context.sizes if cut.sizes is None else cut.sizes
         self.context = self.context.same_tokens(sizes=sizes, notes=notes)

@@ -49,6 +49,8 @@ class Placed:
         (I,) long: batch row of each item.
     dropped : tuple of Tensor or None
         ``item`` and ``slot`` of the placeholders whose patches the tower dropped, None if it dropped none.
+    simple : bool
+        Whether rows are padded on the left only, nothing is hidden and no row ends with a picture.
     table : ItemTable
         The items.
     encoder, projector_input, resampled
@@ -60,6 +62,7 @@ class Placed:
     text: Tensor
     row: Tensor
     dropped: tuple[Tensor, Tensor] | None
+    simple: bool
     table: ItemTable
     encoder: Mapping[EncoderRead, Tensor]
     projector_input: Tensor | None
@@ -107,7 +110,8 @@ def place(
         if record.dropped is not None:
             dropped[places] = torch.cat(_items(record.dropped, record, order, device))
     shown, gone, hidden = None, None, (kinds > 0) & ~real
-    if bool(hidden.any()):  # a picture, or a part of one, that the caller's mask hides
+    simple = _is_simple(kinds, real, hidden)
+    if not simple and bool(hidden.any()):  # a picture, or a part of one, that the caller's mask hides
         lengths = torch.tensor([len(layout.view) for layout in found.layouts], device=device)
         shown = lengths - torch.bincount(item[hidden & (item >= 0)], minlength=len(lengths))
         item, slot = (x.masked_fill(hidden, -1) for x in (item, slot))
@@ -115,7 +119,14 @@ def place(
         gone = item.masked_fill(~dropped, -1), slot.masked_fill(~dropped, -1)
         item, slot = (x.masked_fill(dropped, -1) for x in (item, slot))
     table = ItemTable.of(found.layouts, device, shown)
-    return Placed(item, slot, real & (kinds == 0), torch.tensor(rows, device=device), gone, table, *found.padded())
+    row = torch.tensor(rows, device=device)
+    return Placed(item, slot, real & (kinds == 0), row, gone, simple, table, *found.padded())
+
+
+def _is_simple(kinds: Tensor, real: Tensor, hidden: Tensor) -> bool:
+    """`Placed.simple`: one look at the device for three questions that nearly always have the same answer."""
+    right_padding = (real[:, :-1] & ~real[:, 1:]).any()
+    return not bool((kinds[:, -1:] > 0).any() | hidden.any() | right_padding)
 
 
 def _encoded_kinds(kinds: Tensor, records: Mapping[str, VisionRecord]) -> Tensor:
@@ -243,8 +254,9 @@ class Prompt:
     @classmethod
     def of(cls, placed: Placed, real: Tensor, document: Tensor | None, behind: Tensor | None) -> Prompt:
         """Find out what a pass brings."""
-        left = real[:, 1:] | ~real[:, :-1]  # nothing real before padding
-        plain = document is None and behind is None and bool(left.all())
+        plain = document is None and behind is None
+        if plain and not placed.simple:
+            plain = not bool((real[:, :-1] & ~real[:, 1:]).any())
         row = number = None
         if document is not None:
             counts = torch.where(real, document, 0).amax(1) + 1
@@ -305,7 +317,7 @@ class Prompt:
             resampled=placed.resampled,
             depth=len(adapter.layers),
             newlines=newlines,
-            held=_held(item, slot, placed.table),
+            held=None if self.plain and placed.simple else _held(item, slot, placed.table),
             table=placed.table,
         )
 

@@ -104,7 +104,7 @@ class Running:
         if cut is None and session.reader.cutter is not None:
             cut = Cut(ctx.valid)  # without the tokens that the vision tower dropped
         kwargs = prefill.cut_inputs(cut, kwargs, session.positions)
-        stats.add_group(0, prefill.context.valid, cut)
+        stats.add_group(0, prefill.left, cut)
         self._prepare_layers(forward, prefill, kwargs)
         stats.light = dict(self.work.light)
         stats.selection_seconds += time.perf_counter() - started
@@ -171,7 +171,7 @@ class Running:
             cut = self.session.decide(self.session.reducer.at_layer, index, ctx)
             hidden = prefill.cut_layer(index, hidden, cut)
             stats: Any = self.session.stats
-            stats.add_group(index, prefill.context.valid, cut)
+            stats.add_group(index, prefill.left, cut)
             stats.selection_seconds += time.perf_counter() - started
         return (hidden, *args[1:]), prefill.layer_kwargs(index, hidden, kwargs)
 
