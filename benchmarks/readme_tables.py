@@ -5,7 +5,8 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
 
 - ``reducers``: from the registry;
 - ``families``: the adapters, and ``benchmarks/results/families.json``, what the tests show about each family
-  (``pytest tests/session tests/adapters --families-report benchmarks/results/families.json``);
+  (``pytest tests/engine tests/adapters --families-report benchmarks/results/families.json``);
+- ``families/tried``: the same file, how many cases of each kind of fault were tried;
 - ``mini_llava``: what the first embedded model can do (``benchmarks/mini_llava.py``);
 - ``embedded``: what the others can do (``benchmarks/mini_models.py``);
 - ``again``: weights of a second training beside the shipped ones;
@@ -42,7 +43,7 @@ from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w./-]+) -->\n?).*?(<!-- /table -->)", re.S)
-FILES = ("README.md", "docs/findings.md", "docs/embedded-models.md")
+FILES = ("README.md", "docs/architecture.md", "docs/findings.md", "docs/embedded-models.md")
 NO_TEST = "\N{EN DASH}"
 LEGEND = (
     f"✓ tests pass, {NO_TEST} no test, refused: a test finds the sentence that refuses it. Tiny models with random "
@@ -68,6 +69,16 @@ def families(report: dict) -> str:
     rows = [(", ".join(types), _first_line(adapter)) for adapter, types in adapters.items()]
     served = markdown(("`config.model_type`", "what it is"), rows, text_columns=2)
     return f"{served}\n{evidence(report['families'])}\n{LEGEND.format(**report['versions'])}\n"
+
+
+def tried(report: dict) -> str:
+    """How many cases of each kind of fault passed, on how many reducers and on which families."""
+    rows = []
+    for kind, found in report["kinds"].items():
+        by_family = ", ".join(f"{name} {count}" for name, count in found["families"].items())
+        rows.append((kind, str(found["cases"]), str(len(found["reducers"])), by_family))
+    rows.append(("all", str(sum(found["cases"] for found in report["kinds"].values())), "", ""))
+    return markdown(("kind", "cases", "reducers", "cases by family"), rows, text_columns=4) + "\n"
 
 
 def evidence(tested: dict[str, dict]) -> str:
@@ -172,11 +183,11 @@ def table(name: str, results: Path) -> str:
     path = results / f"{file}.json"
     if file == "minis" and path.is_file():
         return minis(part, json.loads(path.read_text()))
-    if part not in ("", "kinds", "note", "ranking") or not path.is_file():
+    if part not in ("", "kinds", "note", "ranking", "tried") or not path.is_file():
         raise SystemExit(f"A file asks for table:{name}, but there is no {path} for it.")
     data = json.loads(path.read_text())
-    if name == "families":
-        return families(data)
+    if file == "families":
+        return tried(data) if part == "tried" else families(data)
     if "conditions" in data:
         return mini(data["conditions"])
     if part == "note":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from features import FEATURE_OF, FEATURES, OUTCOMES
+from features import FEATURE_OF, FEATURES, KINDS, OUTCOMES
 
 torch.set_num_threads(1)  # the suite runs in one process per core
 
@@ -34,6 +34,9 @@ def pytest_collection_modifyitems(items):
         feature = FEATURE_OF.get(getattr(item, "originalname", item.name))
         if family:
             item.user_properties += [("family", family), ("feature", feature)]
+        if kind := KINDS.get(item.path.stem):
+            reducer = getattr(item, "callspec", None) and item.callspec.params.get("name")
+            item.user_properties += [("kind", kind), ("reducer", reducer if isinstance(reducer, str) else None)]
 
 
 class FamiliesReport:
@@ -42,9 +45,12 @@ class FamiliesReport:
     def __init__(self, path: Path):
         self.path = path
         self.outcomes: dict[str, tuple[str, str, str]] = {}
+        self.cases: dict[str, tuple[str, str | None, str | None]] = {}  # of kinds: those that passed
 
     def pytest_runtest_logreport(self, report):
         found = dict(report.user_properties)
+        if "kind" in found and report.when == "call" and report.passed:
+            self.cases[report.nodeid] = found["kind"], found.get("family"), found["reducer"]
         failed_before = self.outcomes.get(report.nodeid, ("", "", ""))[2] == "failed"
         feature = found.get("refused") or found.get("feature")
         if not feature or failed_before or (report.when != "call" and report.passed):
@@ -64,5 +70,16 @@ class FamiliesReport:
             family: {name: {what: found[name][what] for what in OUTCOMES} for name in FEATURES if name in found}
             for family, found in sorted(counts.items())
         }
-        text = json.dumps({"versions": versions, "families": families}, indent=1)
+        kinds = {kind: self.tried(kind) for kind in KINDS.values()}
+        text = json.dumps({"versions": versions, "kinds": kinds, "families": families}, indent=1)
         self.path.write_text(text + "\n", encoding="utf-8")
+
+    def tried(self, kind: str) -> dict:
+        """How many cases of a kind passed: in all, by family and by reducer."""
+        cases = [(family, reducer) for one, family, reducer in self.cases.values() if one == kind]
+        families, reducers = (Counter(case[i] for case in cases if case[i]) for i in (0, 1))
+        return {
+            "cases": len(cases),
+            "families": dict(sorted(families.items())),
+            "reducers": dict(sorted(reducers.items())),
+        }

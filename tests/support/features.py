@@ -51,3 +51,16 @@ FEATURES: dict[str, tuple[str, ...]] = {
 }
 FEATURE_OF = {test: feature for feature, tests in FEATURES.items() for test in tests}
 OUTCOMES = ("passed", "failed", "skipped", "refused")
+
+KINDS = {
+    "test_drafts": "drafts, labels, generated tokens without a cache",
+    "test_packed": "packed rows",
+    "test_cache_object": "the cache as the user's object",
+    "test_hidden": "hidden pictures, prompts that end with one",
+    "test_training": "training",
+    "test_backends": "backends and tracing",
+    "test_entry_points": "entry points",
+    "test_after_error": "after an error",
+    "test_towers": "towers that the type does not promise",
+}
+"""Files of tests by the kind of fault that they make impossible: their cases are counted by reducer and by family."""
