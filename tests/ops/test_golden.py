@@ -25,6 +25,7 @@ from vtoken.reducers.fopru import by_row, significance
 from vtoken.reducers.globalcom2 import crop_ratios, crop_scores
 from vtoken.reducers.hiprune import anchors_first, raster_neighbours
 from vtoken.reducers.holov import segment_budget, segment_of
+from vtoken.reducers.mmtok import cover_both
 from vtoken.reducers.prumerge import every, gather_similar, outliers
 from vtoken.reducers.rows import mean_over_rows, text_to_visual
 from vtoken.reducers.sparsevlm import pool_size, relevant, strongest_heads
@@ -126,6 +127,17 @@ def cdpruner(p, x, e):
 def scope(p, x, e):
     combine = {"multi": "multiply", "add": "add"}[p["combine"]]
     e.order("order", ops.coverage(x["x"], x["attn"], p["k"], p["alpha"], combine=combine))
+
+
+@check
+def mmtok(p, x, e):
+    valid = everything(x["x"][None])
+    free = valid.clone()
+    free[:, p.get("padding", [])] = False
+    real = everything(x["text"][None])
+    tokens = (x[name][None] for name in ("x", "tower", "text"))
+    found = cover_both(*tokens, p["k"], valid, real, (p["tau_t"], p["tau_v"]), p["alpha"], free)
+    e.order("order", found[0])
 
 
 @check

@@ -6,7 +6,7 @@ Batch first. ``k`` is an int or a LongTensor (B,); ``valid`` (B, N) masks ragged
 ``1 - cos``, ties go to the lowest index, and the maths is float32 whatever the input.
 """
 
-from vtoken.ops.coverage import coverage
+from vtoken.ops.coverage import cover, coverage
 from vtoken.ops.dpp import dpp
 from vtoken.ops.greedy import k_center, mmr, sads
 from vtoken.ops.max_min import max_min
@@ -19,6 +19,7 @@ __all__ = [
     "Merged",
     "bipartite_merge",
     "cluster_merge",
+    "cover",
     "coverage",
     "density_peaks",
     "dpp",

@@ -26,6 +26,7 @@ from vtoken.reducers.hiprune import HiPrune
 from vtoken.reducers.holov import HoloV
 from vtoken.reducers.idpruner import IDPruner
 from vtoken.reducers.ima import IMA
+from vtoken.reducers.mmtok import MMTok
 from vtoken.reducers.pooled import Pooled
 from vtoken.reducers.prumerge import PruMerge
 from vtoken.reducers.pyramiddrop import PyramidDrop
@@ -66,6 +67,7 @@ __all__ = [
     "IDPruner",
     "KeepReducer",
     "LayerReducer",
+    "MMTok",
     "MergeReducer",
     "Pooled",
     "PruMerge",
