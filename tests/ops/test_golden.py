@@ -29,6 +29,7 @@ from vtoken.reducers.mmtok import cover_both
 from vtoken.reducers.prumerge import every, gather_similar, outliers
 from vtoken.reducers.rows import mean_over_rows, text_to_visual
 from vtoken.reducers.sparsevlm import pool_size, relevant, strongest_heads
+from vtoken.reducers.v2drop import variation
 from vtoken.reducers.visionzip import join, spaced, with_mean_added
 from vtoken.reducers.vispruner import thin
 from vtoken.reducers.zooprune import sensitivity
@@ -432,6 +433,16 @@ def pyramiddrop(p, x, e):
         states = torch.cat([states[:start], states[start + index], states[start + len(kept) :]])
         kept = kept[index]
         e.same(f"keep_{stage}", kept)
+
+
+@check
+def v2drop(p, x, e):
+    alive = torch.arange(len(x["cur_0"]))
+    for stage, ratio in enumerate(p["ratios"]):
+        scores = variation(*(x[f"{name}_{stage}"][None, alive] for name in ("cur", "prev")))
+        e.close(f"score_{stage}", scores[0])
+        alive = alive[ops.top_k(scores, max(1, int(len(alive) * ratio)))[0].sort().values]
+        e.same(f"keep_{stage}", alive)
 
 
 def rotated(x: Tensor, base: float) -> Tensor:

@@ -226,6 +226,10 @@ WRONG = [
     ("mmtok", {"tau_t": 0}, "tau_t=0: give a number above 0"),
     ("mmtok", {"visual": "patches"}, r"visual='patches': choose one of \['tower', 'projected'\]"),
     ("random", {"seed": -1}, "seed=-1"),
+    ("random", {"layer": 0}, "layer=0 is no decoder layer"),
+    ("uniform", {"layer": 1.5}, "layer=1.5 is no decoder layer"),
+    ("v2drop", {"at": [0, 3]}, "at=0 is no decoder layer"),
+    ("v2drop", {"last": 0}, "last=0 is no decoder layer"),
     ("random", {"keep": 0}, "keep=0"),
     ("uniform", {"keep": 1.5}, r"keep=1.5 is not a ratio"),
 ]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import vtoken
 from vtoken.reducers import mmtok
+from vtoken.reducers.v2drop import BEFORE
 
-from .contexts import Row, make_context, random
+from .contexts import Row, make_context, random, run
 
 GRID, SMALL = (Row((kind,), 5) for kind in ("grid", "small"))
 SIZES = (23, 1, 17)
@@ -72,3 +73,63 @@ def test_mmtok_reads_what_it_is_told_to():
     assert len(kept(vtoken.MMTok(keep=5, visual="projected"), other)) == 5
     with pytest.raises(ValueError, match="give visual='projected'"):
         vtoken.MMTok(keep=5).before_llm(other)
+
+
+# --------------------------------------------------------------------------------------------------------- v2drop
+def through_layers(reducer, ctx, states) -> list[list[int]]:
+    """Tokens of the first image after each cut, where the states (N, D) of its layers are given."""
+    found = []
+    for layer in reducer.layers(ctx.depth):
+        hidden = ctx.hidden.clone()
+        hidden[ctx.visual] = states[layer][ctx.slot[ctx.visual]]
+        ctx = replace(ctx, layer=layer, hidden=hidden)
+        cut = reducer.at_layer(layer, ctx)
+        ctx = ctx.after(cut)
+        found.append(cut.keep[0].nonzero()[:, 0].tolist())
+    return found
+
+
+def test_v2drop_compares_neighbouring_layers_of_what_is_left():
+    ctx = make_context(GRID)
+    states = {layer: random(layer, 36, ctx.hidden.shape[2]) for layer in range(ctx.depth)}
+    reducer = vtoken.V2Drop(keep=9, at=(2, 3), last=6)
+    assert reducer.layers(ctx.depth) == (1, 2, 3, 5, 6)
+    moved = {layer: (states[layer] - states[layer - 1]).norm(dim=1) for layer in (2, 3, 6)}
+    first = sorted(moved[2].topk(18).indices.tolist())
+    second = sorted(first[i] for i in moved[3][first].topk(9).indices)
+    third = [second[int(moved[6][second].argmax())]]
+    assert through_layers(reducer, ctx, states) == [list(range(36)), first, second, second, third]
+
+
+def test_v2drop_forgets_states_that_no_layer_asks_for():
+    ctx = make_context(GRID)
+    cuts = [vtoken.V2Drop(keep=9, at=(2, 4)).at_layer(layer, replace(ctx, layer=layer)) for layer in (1, 3)]
+    assert all(cut.notes[BEFORE].shape == ctx.features.shape for cut in cuts)
+    after = ctx.after(cuts[0])
+    assert vtoken.V2Drop(keep=9, at=(2, 4)).at_layer(2, replace(after, layer=2)).notes[BEFORE] is None
+
+
+def test_v2drop_ends_after_its_cuts():
+    reducer = vtoken.V2Drop(at=(3, 17), last=0.5)
+    with pytest.raises(ValueError, match=r"last=0.5 is layer 16 of 32, not after layer 17"):
+        reducer.layers(32)
+    assert vtoken.get_reducer("v2drop-32").layers(32) == (2, 3, 16, 17, 21, 22)
+
+
+# ------------------------------------------------------------------------------------- controls inside the decoder
+@pytest.mark.parametrize("name", ["random", "uniform"])
+def test_a_control_chooses_at_a_layer_what_it_chooses_before_the_decoder(name):
+    ctx = make_context(SMALL, GRID)
+    before, inside = (vtoken.get_reducer(name, keep=0.25, layer=layer) for layer in (None, 5))
+    assert (before.stages, before.layers(8)) == (("before_llm",), ())
+    assert (inside.stages, inside.layers(8)) == (("in_llm",), (5,))
+    assert inside.before_llm(ctx) is None
+    assert torch.equal(inside.at_layer(5, replace(ctx, layer=5)).keep, before.before_llm(ctx).keep)
+
+
+def test_random_follows_diversity_in_a_chain():
+    chain = vtoken.Chain([vtoken.DivPrune(keep=0.5), vtoken.Random(keep=0.25, layer=0.5)])
+    steps = run(chain, make_context(GRID))
+    assert [int(ctx.valid.sum()) for ctx in steps] == [36, 18, 9]
+    with pytest.raises(ValueError, match="acts before the language model"):
+        vtoken.Chain([vtoken.Random(keep=0.5, layer=0.5), vtoken.DivPrune(keep=0.25)])

@@ -38,6 +38,7 @@ from vtoken.reducers.tokencorr import TokenCorr
 from vtoken.reducers.tome import ToMe
 from vtoken.reducers.towerprune import TowerPrune
 from vtoken.reducers.uniform import Uniform
+from vtoken.reducers.v2drop import V2Drop
 from vtoken.reducers.visionzip import VisionZip
 from vtoken.reducers.vispruner import VisPruner
 from vtoken.reducers.vtw import VTW
@@ -82,6 +83,7 @@ __all__ = [
     "TokenCorr",
     "TowerPrune",
     "Uniform",
+    "V2Drop",
     "VisPruner",
     "VisionZip",
     "ZOOPrune",
