@@ -26,6 +26,7 @@ from vtoken.reducers.globalcom2 import crop_ratios, crop_scores
 from vtoken.reducers.hiprune import anchors_first, raster_neighbours
 from vtoken.reducers.holov import segment_budget, segment_of
 from vtoken.reducers.mmtok import cover_both
+from vtoken.reducers.otprune import unit_channels
 from vtoken.reducers.prumerge import every, gather_similar, outliers
 from vtoken.reducers.rows import mean_over_rows, text_to_visual
 from vtoken.reducers.sparsevlm import pool_size, relevant, strongest_heads
@@ -139,6 +140,13 @@ def mmtok(p, x, e):
     tokens = (x[name][None] for name in ("x", "tower", "text"))
     found = cover_both(*tokens, p["k"], valid, real, (p["tau_t"], p["tau_v"]), p["alpha"], free)
     e.order("order", found[0])
+
+
+@check
+def otprune(p, x, e):
+    tokens = x["x"][None]
+    k = max(1, round(p["retention"] * tokens.shape[1]))
+    e.order("order", ops.log_det(unit_channels(tokens, everything(tokens)), k, 0.01)[0])
 
 
 @check

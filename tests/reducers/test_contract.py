@@ -225,6 +225,7 @@ WRONG = [
     ("tokencorr", {"limit": 2}, "limit=2"),
     ("mmtok", {"tau_t": 0}, "tau_t=0: give a number above 0"),
     ("mmtok", {"visual": "patches"}, r"visual='patches': choose one of \['tower', 'projected'\]"),
+    ("otprune", {"gamma": 0}, "gamma=0: give a number above 0"),
     ("random", {"seed": -1}, "seed=-1"),
     ("random", {"layer": 0}, "layer=0 is no decoder layer"),
     ("uniform", {"layer": 1.5}, "layer=1.5 is no decoder layer"),

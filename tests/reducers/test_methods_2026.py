@@ -133,3 +133,13 @@ def test_random_follows_diversity_in_a_chain():
     assert [int(ctx.valid.sum()) for ctx in steps] == [36, 18, 9]
     with pytest.raises(ValueError, match="acts before the language model"):
         vtoken.Chain([vtoken.Random(keep=0.5, layer=0.5), vtoken.DivPrune(keep=0.25)])
+
+
+# -------------------------------------------------------------------------------------------------------- otprune
+def test_otprune_covers_what_differs_and_lets_no_channel_rule():
+    ctx = make_context(GRID)
+    ctx.hidden[ctx.visual] = random(1, 6, 16).repeat_interleave(6, 0) + 0.01 * random(0, 36, 16)
+    chosen = kept(vtoken.OTPrune(keep=6), ctx)
+    assert {token // 6 for token in chosen} == set(range(6))
+    ctx.hidden[..., 3] *= 64
+    assert kept(vtoken.OTPrune(keep=6), ctx) == chosen

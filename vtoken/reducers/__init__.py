@@ -27,6 +27,7 @@ from vtoken.reducers.holov import HoloV
 from vtoken.reducers.idpruner import IDPruner
 from vtoken.reducers.ima import IMA
 from vtoken.reducers.mmtok import MMTok
+from vtoken.reducers.otprune import OTPrune
 from vtoken.reducers.pooled import Pooled
 from vtoken.reducers.prumerge import PruMerge
 from vtoken.reducers.pyramiddrop import PyramidDrop
@@ -70,6 +71,7 @@ __all__ = [
     "LayerReducer",
     "MMTok",
     "MergeReducer",
+    "OTPrune",
     "Pooled",
     "PruMerge",
     "PyramidDrop",
