@@ -20,6 +20,7 @@ from vtoken import ops
 from vtoken.context import Attention, ItemLayout
 from vtoken.encoder import STATISTICS
 from vtoken.reducers.aim import importance
+from vtoken.reducers.apet import plan
 from vtoken.reducers.cdpruner import mean_cosine, rescaled
 from vtoken.reducers.fopru import by_row, significance
 from vtoken.reducers.globalcom2 import crop_ratios, crop_scores
@@ -340,6 +341,22 @@ def tome(p, x, e):
     e.close("x_out", features)
     e.close("size_out", sizes)
     e.same("assign", source)
+
+
+@check
+def apet(p, x, e):
+    tokens = x["x"]
+    quota, slots = torch.full((len(tokens),), p["K"]), torch.arange(tokens.shape[1])
+    found = plan(tokens, quota, torch.tensor(p["start"]), everything(tokens), p["basis"], compat=True)
+    keep = (found.source == slots).nonzero()[:, 1].view(len(tokens), -1)
+    e.same("basis", found.basis)
+    e.close("error", found.error)
+    e.same("keep", keep)
+    e.same("overwritten", (found.written >= 0).nonzero()[:, 1].view(len(tokens), -1))
+    merged = ops.merge_rows(tokens, found.source, len(slots))
+    written = tokens.gather(1, found.written.clamp(min=0)[..., None].expand_as(tokens))
+    out = torch.where(found.written[..., None] >= 0, written, merged)
+    e.close("tokens", out.gather(1, keep[..., None].expand(-1, -1, tokens.shape[2])))
 
 
 @check

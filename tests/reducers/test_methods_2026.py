@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vtoken
-from vtoken.reducers import mmtok
+from vtoken.reducers import apet, mmtok
 from vtoken.reducers.v2drop import BEFORE
 
 from .contexts import Row, make_context, random, run
@@ -144,3 +144,46 @@ def test_otprune_covers_what_differs_and_lets_no_channel_rule():
     assert {token // 6 for token in chosen} == set(range(6))
     ctx.hidden[..., 3] *= 64
     assert kept(reducer, ctx) == chosen
+
+
+# ----------------------------------------------------------------------------------------------------------- apet
+def naive_plan(x: Tensor, quota: int, start: int, basis: int) -> tuple[list[int], list[int]]:
+    """Basis tokens, and the slot that each token goes into."""
+    count = min(basis, quota - 1)
+    chosen = [start][:count]
+    while len(chosen) < count:
+        gap = torch.cdist(x, x[chosen]).amin(1)
+        chosen.append(int(gap.argmax()))
+    rows = x[chosen]
+    weights = torch.linalg.solve(rows @ rows.T + 1e-5 * torch.eye(count, dtype=x.dtype), rows @ x.T)
+    error = (x - weights.T @ rows).norm(dim=1)
+    targets = [i for i in error.argsort(descending=True).tolist() if i not in chosen][: quota - count]
+    unit = nn.functional.normalize(x, dim=1)
+    nearest = [targets[int((unit[targets] @ unit[i]).argmax())] for i in range(len(x))]
+    return chosen, [i if i in (*chosen, *targets) else nearest[i] for i in range(len(x))]
+
+
+def test_apet_keeps_the_basis_in_its_place_on_ragged_rows():
+    (x, valid), quota, start = ragged(4), torch.tensor([12, 1, 4]), torch.tensor([5, 0, 9])
+    found = apet.plan(x, quota, start, valid, 6)
+    for row, size in enumerate(SIZES):
+        chosen, source = naive_plan(x[row, :size].double(), int(quota[row]), int(start[row]), 6)
+        assert found.basis[row].tolist() == chosen + [-1] * (6 - len(chosen))
+        assert found.source[row].tolist() == source + [-1] * (max(SIZES) - size)
+    assert (found.written < 0).all()
+
+
+def test_apet_writes_the_basis_elsewhere_as_its_authors_do():
+    ctx = make_context(GRID)
+    plain, compat = (vtoken.ApET(keep=12, basis=4, compat=compat).before_llm(ctx) for compat in (False, True))
+    basis = [token for token in plain.keep[0].nonzero()[:, 0].tolist() if plain.sizes[0, token] == 1]
+    inside = {tuple(row) for row in compat.features[0][compat.keep[0]].tolist()}
+    again = [token for token in basis if tuple(ctx.features[0, token].tolist()) in inside]
+    assert len(again) >= 4
+    assert sum(bool(compat.keep[0, token]) for token in again) < 4
+    assert int(compat.keep.sum()) == int(plain.keep.sum()) == 12
+
+
+def test_apet_starts_elsewhere_with_another_seed():
+    ctx = make_context(GRID)
+    assert len({tuple(kept(vtoken.ApET(keep=9, seed=seed), ctx)) for seed in range(5)}) > 1

@@ -2,6 +2,7 @@
 """Visual-token reducers, one method a file. Importing this package registers all of them."""
 
 from vtoken.reducers.aim import AIM
+from vtoken.reducers.apet import ApET
 from vtoken.reducers.base import (
     Assignment,
     KeepReducer,
@@ -53,6 +54,7 @@ __all__ = [
     "SCOPE",
     "VTW",
     "YOPO",
+    "ApET",
     "Assignment",
     "CDPruner",
     "Chain",

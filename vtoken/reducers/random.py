@@ -11,6 +11,7 @@ from torch import Tensor
 from vtoken.context import VisualContext
 from vtoken.reducers.base import ScoreReducer
 from vtoken.reducers.checks import check_count
+from vtoken.reducers.draws import draw
 from vtoken.reducers.placed import PlacedReducer
 from vtoken.registry import register
 
@@ -48,9 +49,5 @@ class Random(PlacedReducer, ScoreReducer):
 
     def score(self, ctx: VisualContext) -> Tensor:
         """Random numbers (I, N)."""
-        draws = [self._draw(len(layout.view)) for layout in ctx.layouts]
+        draws = [draw(self.seed, len(layout.view), len(layout.view)) for layout in ctx.layouts]
         return torch.nn.utils.rnn.pad_sequence(draws, True).to(ctx.hidden.device)
-
-    def _draw(self, tokens: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + tokens)
-        return torch.rand(tokens, generator=generator, dtype=torch.float32, device="cpu")
