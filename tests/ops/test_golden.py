@@ -29,6 +29,7 @@ from vtoken.reducers.holov import segment_budget, segment_of
 from vtoken.reducers.mmtok import cover_both
 from vtoken.reducers.otprune import unit_channels
 from vtoken.reducers.prumerge import every, gather_similar, outliers
+from vtoken.reducers.prunesid import choose
 from vtoken.reducers.rows import mean_over_rows, text_to_visual
 from vtoken.reducers.sparsevlm import pool_size, relevant, strongest_heads
 from vtoken.reducers.v2drop import variation
@@ -148,6 +149,21 @@ def otprune(p, x, e):
     tokens = x["x"][None]
     k = max(1, round(p["retention"] * tokens.shape[1]))
     e.order("order", ops.log_det(unit_channels(tokens, everything(tokens)), k, 0.01)[0])
+
+
+@check
+def prunesid(p, x, e):
+    groups = x["group"] if p["case"] == "select" else [None] * len(x["hidden"])
+    found = [
+        choose(hidden[1:], attn.sum(0), p["K"], p["K"] - 1, group)
+        for hidden, attn, group in zip(x["hidden"], x["attn"], groups, strict=True)
+    ]
+    order, group, survivors, budget = (torch.stack(part) for part in zip(*found, strict=True))
+    if p["case"] == "pca":
+        e.same("group", group)
+    e.same("survivors", survivors)
+    e.same("budget", budget)
+    e.order("order", order)
 
 
 @check

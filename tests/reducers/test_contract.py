@@ -228,6 +228,7 @@ WRONG = [
     ("otprune", {"gamma": 0}, "gamma=0: give a number above 0"),
     ("apet", {"basis": 0}, "basis=0: give an int of at least 1"),
     ("apet", {"compat": 1}, "compat=1: give true or false"),
+    ("prunesid", {"visual": "keys"}, r"visual='keys': choose one of \['tower', 'projected'\]"),
     ("random", {"seed": -1}, "seed=-1"),
     ("random", {"layer": 0}, "layer=0 is no decoder layer"),
     ("uniform", {"layer": 1.5}, "layer=1.5 is no decoder layer"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vtoken
-from vtoken.reducers import apet, mmtok
+from vtoken.reducers import apet, mmtok, prunesid
 from vtoken.reducers.v2drop import BEFORE
 
 from .contexts import Row, make_context, random, run
@@ -187,3 +187,43 @@ def test_apet_writes_the_basis_elsewhere_as_its_authors_do():
 def test_apet_starts_elsewhere_with_another_seed():
     ctx = make_context(GRID)
     assert len({tuple(kept(vtoken.ApET(keep=9, seed=seed), ctx)) for seed in range(5)}) > 1
+
+
+# ------------------------------------------------------------------------------------------------------- prunesid
+@pytest.mark.parametrize("shape", [(12, 30), (40, 9)])
+def test_prunesid_groups_by_the_exact_components(shape):
+    x = random(1, *shape)
+    samples = x.double().sigmoid().T
+    components = torch.linalg.svd(samples - samples.mean(0)).Vh[:4]
+    assert torch.equal(prunesid.components(x, 4), components.abs().argmax(0))
+
+
+def test_prunesid_suppresses_in_the_order_of_scores_inside_of_groups():
+    unit = nn.functional.normalize(random(2, 30, 5), dim=1)
+    scores, group = random(3, 30), torch.arange(30) % 3
+    found = prunesid.survivors(unit, scores, group, 4, 0.3)
+    stay: list[int] = []
+    for token in scores.argsort(descending=True).tolist():
+        if all(float(unit[token] @ unit[other]) <= 0.3 for other in stay if group[other] == group[token]):
+            stay.append(token)
+    assert found.nonzero()[:, 0].tolist() == sorted(stay)
+    assert 3 < len(stay) < 30
+
+
+@pytest.mark.parametrize(
+    ("sizes", "survived", "count", "expected"),
+    [
+        ([4, 4, 4], [4, 4, 4], 9, [3, 3, 3]),
+        ([10, 1, 0], [9, 1, 0], 8, [7, 1, 0]),  # caps rise, the empty group stays empty
+        ([9, 9], [1, 1], 10, [5, 5]),  # suppressed tokens return
+    ],
+)
+def test_prunesid_shares_the_budget_by_survivors(sizes, survived, count, expected):
+    assert prunesid.shared(sizes, survived, count, count) == expected
+
+
+def test_prunesid_keeps_one_of_twins():
+    ctx = make_context(GRID)
+    tower = random(1, 12, 8).repeat_interleave(3, 0)[None]
+    chosen = kept(vtoken.PruneSID(keep=12), replace(ctx, projector_input=tower))
+    assert len({token // 3 for token in chosen}) > len({token // 3 for token in kept(vtoken.FoPru(keep=12), ctx)})

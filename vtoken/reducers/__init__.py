@@ -31,6 +31,7 @@ from vtoken.reducers.mmtok import MMTok
 from vtoken.reducers.otprune import OTPrune
 from vtoken.reducers.pooled import Pooled
 from vtoken.reducers.prumerge import PruMerge
+from vtoken.reducers.prunesid import PruneSID
 from vtoken.reducers.pyramiddrop import PyramidDrop
 from vtoken.reducers.random import Random
 from vtoken.reducers.scope import SCOPE
@@ -76,6 +77,7 @@ __all__ = [
     "OTPrune",
     "Pooled",
     "PruMerge",
+    "PruneSID",
     "PyramidDrop",
     "Random",
     "Reducer",
