@@ -222,6 +222,7 @@ WRONG = [
     ("holov", {"segments": 0}, "segments=0"),
     ("vtw", {"layer": -3}, "layer=-3"),
     ("dart", {"pivots": 0}, "pivots=0"),
+    ("dart", {"norm": "values"}, r"norm='values': choose one of \['keys', 'keys_l1', 'states'\]"),
     ("tokencorr", {"limit": 2}, "limit=2"),
     ("mmtok", {"tau_t": 0}, "tau_t=0: give a number above 0"),
     ("mmtok", {"visual": "patches"}, r"visual='patches': choose one of \['tower', 'projected'\]"),
