@@ -111,7 +111,7 @@ def read_rows(
         found = torch.where(there, gather(found, view.index, dim=3), 0.0)
     if values is None:
         return Attention(found, valid)
-    parts = (view.rows(values)[:, :, new:], key[:, :, new:])
+    parts: tuple[Tensor, ...] = (view.rows(values)[:, :, new:], key[:, :, new:])
     if view.index is not None:
         parts = tuple(gather(part, view.index, dim=2) for part in parts)
     return Attention(found, valid, *(part.detach() for part in parts))

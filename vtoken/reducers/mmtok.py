@@ -19,9 +19,9 @@ from vtoken.reducers.base import SelectReducer
 from vtoken.reducers.checks import check_choice, check_number
 from vtoken.reducers.rows import question_rows
 from vtoken.reducers.views import Views
+from vtoken.reducers.visual import VISUAL, visual_features
 from vtoken.registry import register
 
-VISUAL = ("tower", "projected")
 DENSE = 3072  # tokens up to which all similarities are kept (36 MB): each is used about ten times
 
 
@@ -78,21 +78,13 @@ class MMTok(SelectReducer):
         owner = ctx.row.clamp(min=0).repeat_interleave(views.slots.shape[1])
         text = gather(ctx.hidden, index)
         x = views.take(ctx.features)
-        tower = x if self.visual == "projected" else views.take(self._before_projector(ctx))
+        tower = views.take(visual_features(ctx, self.visual, self.name))
         quota = views.share(budget, equal=True)
         return views.pick(
             cover_both(
                 x, tower, text[owner], quota, views.valid, real[owner], (self.tau_t, self.tau_v), alpha=self.alpha
             )
         )
-
-    def _before_projector(self, ctx: VisualContext) -> Tensor:
-        if ctx.projector_input is None:
-            raise ValueError(
-                f"Reducer {self.name!r} reads the projector's input, which this model does not show: "
-                "give visual='projected'."
-            )
-        return ctx.projector_input
 
 
 @selection

@@ -18,9 +18,8 @@ from vtoken.reducers.base import SelectReducer
 from vtoken.reducers.checks import check_choice
 from vtoken.reducers.encoded import EncoderReducer
 from vtoken.reducers.views import Views
+from vtoken.reducers.visual import VISUAL, visual_features
 from vtoken.registry import register
-
-VISUAL = ("tower", "projected")
 
 
 @register("prunesid")
@@ -63,14 +62,9 @@ class PruneSID(EncoderReducer, SelectReducer):
 
     def select(self, ctx: VisualContext, budget: Tensor) -> Tensor:
         """Slots (I, K) of each view, group by group."""
-        if self.visual == "tower" and ctx.projector_input is None:
-            raise ValueError(
-                f"Reducer {self.name!r} reads the projector's input, which this model does not show: "
-                "give visual='projected'."
-            )
         views = Views.of(ctx)
-        x = views.take(ctx.features if self.visual == "projected" else ctx.projector_input)
-        x, scores = finite(x, views.valid, "features"), views.take(self.read_scores(ctx))
+        x = finite(views.take(visual_features(ctx, self.visual, self.name)), views.valid, "features")
+        scores = views.take(self.read_scores(ctx))
         quota = views.share(budget, equal=True)
         picked = quota.new_full((len(quota), max(1, int(quota.max()))), -1)
         for view, count in enumerate(quota.tolist()):  # one by one: components of padded tokens would be rounded apart
