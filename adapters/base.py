@@ -271,7 +271,7 @@ class Adapter:
         """Bring the rows that the projector was given, one tensor per call of it, to one row (T, C) per token."""
         raise ValueError(
             f"The projector of {type(self.model).__name__} merges patches, so that a token has no input of its own: "
-            "use a reducer that does not look at the projector's input."
+            "use a reducer that does not look at the projector's input (some take visual='projected')."
         )
 
     def item_lengths(self, features: list[Tensor], call: dict[str, Any]) -> list[int]:

@@ -93,12 +93,14 @@ class Cut:
 class Attention:
     """Rows of decoder attention: ``probabilities`` (B, H, R, S) and which rows are real, ``valid`` (B, R).
 
-    ``values`` (B, G, S, d), G dividing H, are what the rows average, where the layer was tapped.
+    ``values`` (B, G, S, d), G dividing H, are what the rows average, and ``keys`` (B, G, S, d) what they look at,
+    rotated and normalised as the layer has them; both where the layer was tapped.
     """
 
     probabilities: Tensor
     valid: Tensor
     values: Tensor | None = None
+    keys: Tensor | None = None
 
 
 @dataclass(frozen=True)

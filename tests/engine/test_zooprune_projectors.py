@@ -72,3 +72,15 @@ def test_a_projector_without_one_input_per_token_is_refused(family):
     model, inputs = tiny.make(family, (1,))
     with vtoken.reduce(model, vtoken.ZOOPrune(keep=0.5)), pytest.raises(ValueError, match="no input of its own"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["mmtok", "prunesid"])
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_features_behind_such_a_projector_are_an_option(family, name):
+    model, inputs = tiny.make(family, (1,))
+    with vtoken.reduce(model, name, keep=0.5), pytest.raises(ValueError, match="some take visual='projected'"):
+        model(**inputs)
+    with vtoken.reduce(model, name, keep=0.5, visual="projected"), torch.no_grad():
+        model(**inputs)
+        (image,) = vtoken.stats(model).images
+    assert image.kept == round(image.tokens * 0.5)

@@ -74,12 +74,19 @@ def sads(x: Tensor, weights: Tensor, k: int) -> list[int]:
 
 
 def dpp(x: Tensor, relevance: Tensor, k: int) -> list[int]:
-    """By determinants of the kernel."""
     r = relevance.double()
-    kernel = r[:, None] * cosines(x) * r
+    return by_determinants(r[:, None] * cosines(x) * r, k)
+
+
+def log_det(x: Tensor, k: int, gamma: float) -> list[int]:
+    gram = x.double() @ x.double().T
+    return by_determinants(torch.eye(len(x), dtype=torch.double) + gamma * gram @ gram.T, k)
+
+
+def by_determinants(kernel: Tensor, k: int) -> list[int]:
     picks: list[int] = []
-    while len(picks) < min(k, len(x)):
-        sets = {i: [*picks, i] for i in range(len(x)) if i not in picks}
+    while len(picks) < min(k, len(kernel)):
+        sets = {i: [*picks, i] for i in range(len(kernel)) if i not in picks}
         gains = {i: float(torch.linalg.det(kernel[s][:, s])) for i, s in sets.items()}
         picks.append(best(gains))
     return picks

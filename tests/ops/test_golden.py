@@ -20,14 +20,19 @@ from vtoken import ops
 from vtoken.context import Attention, ItemLayout
 from vtoken.encoder import STATISTICS
 from vtoken.reducers.aim import importance
+from vtoken.reducers.apet import plan
 from vtoken.reducers.cdpruner import mean_cosine, rescaled
 from vtoken.reducers.fopru import by_row, significance
 from vtoken.reducers.globalcom2 import crop_ratios, crop_scores
 from vtoken.reducers.hiprune import anchors_first, raster_neighbours
 from vtoken.reducers.holov import segment_budget, segment_of
+from vtoken.reducers.mmtok import cover_both
+from vtoken.reducers.otprune import unit_channels
 from vtoken.reducers.prumerge import every, gather_similar, outliers
+from vtoken.reducers.prunesid import choose
 from vtoken.reducers.rows import mean_over_rows, text_to_visual
 from vtoken.reducers.sparsevlm import pool_size, relevant, strongest_heads
+from vtoken.reducers.v2drop import variation
 from vtoken.reducers.visionzip import join, spaced, with_mean_added
 from vtoken.reducers.vispruner import thin
 from vtoken.reducers.zooprune import sensitivity
@@ -126,6 +131,39 @@ def cdpruner(p, x, e):
 def scope(p, x, e):
     combine = {"multi": "multiply", "add": "add"}[p["combine"]]
     e.order("order", ops.coverage(x["x"], x["attn"], p["k"], p["alpha"], combine=combine))
+
+
+@check
+def mmtok(p, x, e):
+    valid = everything(x["x"][None])
+    free = valid.clone()
+    free[:, p.get("padding", [])] = False
+    real = everything(x["text"][None])
+    tokens = (x[name][None] for name in ("x", "tower", "text"))
+    found = cover_both(*tokens, p["k"], valid, real, (p["tau_t"], p["tau_v"]), p["alpha"], free)
+    e.order("order", found[0])
+
+
+@check
+def otprune(p, x, e):
+    tokens = x["x"][None]
+    k = max(1, round(p["retention"] * tokens.shape[1]))
+    e.order("order", ops.log_det(unit_channels(tokens, everything(tokens)), k, 0.01)[0])
+
+
+@check
+def prunesid(p, x, e):
+    groups = x["group"] if p["case"] == "select" else [None] * len(x["hidden"])
+    found = [
+        choose(hidden[1:], attn.sum(0), p["K"], p["K"] - 1, group)
+        for hidden, attn, group in zip(x["hidden"], x["attn"], groups, strict=True)
+    ]
+    order, group, survivors, budget = (torch.stack(part) for part in zip(*found, strict=True))
+    if p["case"] == "pca":
+        e.same("group", group)
+    e.same("survivors", survivors)
+    e.same("budget", budget)
+    e.order("order", order)
 
 
 @check
@@ -322,6 +360,22 @@ def tome(p, x, e):
 
 
 @check
+def apet(p, x, e):
+    tokens = x["x"]
+    quota, slots = torch.full((len(tokens),), p["K"]), torch.arange(tokens.shape[1])
+    found = plan(tokens, quota, torch.tensor(p["start"]), everything(tokens), p["basis"], compat=True)
+    keep = (found.source == slots).nonzero()[:, 1].view(len(tokens), -1)
+    e.same("basis", found.basis)
+    e.close("error", found.error)
+    e.same("keep", keep)
+    e.same("overwritten", (found.written >= 0).nonzero()[:, 1].view(len(tokens), -1))
+    merged = ops.merge_rows(tokens, found.source, len(slots))
+    written = tokens.gather(1, found.written.clamp(min=0)[..., None].expand_as(tokens))
+    out = torch.where(found.written[..., None] >= 0, written, merged)
+    e.close("tokens", out.gather(1, keep[..., None].expand(-1, -1, tokens.shape[2])))
+
+
+@check
 def visionzip(p, x, e):
     scores, keys, hidden = x["cls_attn"].sum(1), x["metric"][:, 1:], x["hidden"][:, 1:]
     valid = everything(scores)
@@ -420,6 +474,16 @@ def pyramiddrop(p, x, e):
         states = torch.cat([states[:start], states[start + index], states[start + len(kept) :]])
         kept = kept[index]
         e.same(f"keep_{stage}", kept)
+
+
+@check
+def v2drop(p, x, e):
+    alive = torch.arange(len(x["cur_0"]))
+    for stage, ratio in enumerate(p["ratios"]):
+        scores = variation(*(x[f"{name}_{stage}"][None, alive] for name in ("cur", "prev")))
+        e.close(f"score_{stage}", scores[0])
+        alive = alive[ops.top_k(scores, max(1, int(len(alive) * ratio)))[0].sort().values]
+        e.same(f"keep_{stage}", alive)
 
 
 def rotated(x: Tensor, base: float) -> Tensor:

@@ -70,7 +70,7 @@ def test_no_square_matrix_is_made(name):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, tokens, 16, generator=generator)
     w = torch.rand(1, tokens, generator=generator)
-    calls = {"mmr": (w,), "mmr parallel": (w, picks, 0.5, 3), "sads": (w,), "dpp": (w,)}
+    calls = {"mmr": (w,), "mmr parallel": (w, picks, 0.5, 3), "sads": (w,), "dpp": (w,), "log_det": (picks, 0.3)}
     extra = calls.get(name, ())
     extra = extra if len(extra) > 1 else (*extra, picks)
     with LiveBytes() as seen:

@@ -76,6 +76,10 @@ SELECTIONS = {
         lambda b: ops.dpp(b.x, b.scores, b.k, b.valid),
         lambda x, s, k: naive.dpp(x, s, k),
     ),
+    "log_det": (
+        lambda b: ops.log_det(b.x, b.k, 0.3, b.valid),
+        lambda x, s, k: naive.log_det(x, k, 0.3),
+    ),
     "coverage": (
         lambda b: ops.coverage(b.x, b.scores, b.k, 1.5, b.valid),
         lambda x, s, k: naive.coverage(x, s, k, 1.5, "multiply"),

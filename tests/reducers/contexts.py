@@ -168,7 +168,7 @@ def attend(ctx: VisualContext, layer: int, what: str) -> Attention:
     else:
         index, valid = compact({"text": ctx.text, "all": real}[what])
     values = (ctx.hidden.float() @ random(layer * 2 + 1000, WIDTH, HEADS * 6)).unflatten(2, (HEADS, 6)).transpose(1, 2)
-    return Attention(gather(probabilities, index, dim=2), valid, values)
+    return Attention(gather(probabilities, index, dim=2), valid, values, key)
 
 
 def run(reducer: Reducer, ctx: VisualContext) -> list[VisualContext]:

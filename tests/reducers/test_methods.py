@@ -362,11 +362,33 @@ def test_dart_keeps_pivots_and_what_is_unlike_them():
     states = ctx.features[0].clone()
     states[:18] = states[0]
     ctx.hidden[0, ctx.visual[0]] = states
-    chosen = run(vtoken.DART(keep=8, pivots=1, text_pivots=0), ctx)[-1].valid[0].nonzero()[:, 0].tolist()
+    chosen = run(vtoken.DART(keep=8, pivots=1, text_pivots=0, norm="states"), ctx)[-1].valid[0].nonzero()[:, 0].tolist()
     pivot = int(states.norm(dim=1).argmax())
     assert pivot in chosen
     rest = nn.functional.cosine_similarity(states, states[pivot], 1).argsort()[:7].tolist()
     assert set(rest) <= set(chosen)
+
+
+@pytest.mark.parametrize(("norm", "power"), [("keys", 2), ("keys_l1", 1)])
+def test_dart_takes_the_longest_keys_of_the_layer_before_for_pivots(norm, power):
+    ctx = make_context(GRID)
+    length = attend(ctx, 1, "last").keys.transpose(1, 2).flatten(2).norm(p=power, dim=2)[0]
+    visual = length[ctx.visual[0]].topk(2).indices.tolist()
+    chosen = run(vtoken.DART(keep=2, pivots=2, text_pivots=0, norm=norm), ctx)[-1].valid[0].nonzero()[:, 0].tolist()
+    assert chosen == sorted(visual)
+
+
+def test_dart_takes_what_is_unlike_the_longest_word_too():
+    ctx = make_context(GRID)
+    length = attend(ctx, 1, "last").keys.transpose(1, 2).flatten(2).norm(dim=2)[0]
+    pivot = int(length[ctx.visual[0]].argmax())
+    index = ctx.rows("question")[0][0]
+    word = ctx.hidden[0, index[length[index].argmax()]]
+    to_pivot, to_word = (nn.functional.cosine_similarity(ctx.features[0], x, 1) for x in (ctx.features[0, pivot], word))
+    first = int(to_pivot.argmin())
+    to_word[[pivot, first]] = 1.0
+    chosen = run(vtoken.DART(keep=3, pivots=1, text_pivots=1), ctx)[-1].valid[0].nonzero()[:, 0].tolist()
+    assert chosen == sorted([pivot, first, int(to_word.argmin())])
 
 
 def test_dyvte_waits_for_patience_and_the_first_layer():

@@ -28,7 +28,7 @@ REFUSED = {
 """Families that a reducer refuses with a sentence, which other tests look at."""
 CASES = [(family, name) for family in tiny.CORE for name in REDUCERS if family not in REFUSED.get(name, ())]
 REWRITING = {
-    *("aim", "pooled", "prumerge", "sparsevlm", "tokencorr", "tome", "visionzip"),  # merge
+    *("aim", "apet", "pooled", "prumerge", "sparsevlm", "tokencorr", "tome", "visionzip"),  # merge
     *("downsample", "tower-prune"),  # encode the picture in another way
     *("ima", "yopo"),  # leave out a part of the layers' work
 }

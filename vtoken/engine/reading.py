@@ -106,12 +106,15 @@ def read_rows(
     documents = None if documents is None else view.rows(documents)
     found = attention_rows(module, query, key, mask, kwargs, view.places(rows), documents=documents)[..., new:]
     values = kwargs.get("value")
-    values = None if values is None else view.rows(values)[:, :, new:]
     if view.index is not None:
         there = view.valid[:, None, None, :].to(found.device)
         found = torch.where(there, gather(found, view.index, dim=3), 0.0)
-        values = None if values is None else gather(values, view.index, dim=2)
-    return Attention(found, valid, None if values is None else values.detach())
+    if values is None:
+        return Attention(found, valid)
+    parts: tuple[Tensor, ...] = (view.rows(values)[:, :, new:], key[:, :, new:])
+    if view.index is not None:
+        parts = tuple(gather(part, view.index, dim=2) for part in parts)
+    return Attention(found, valid, *(part.detach() for part in parts))
 
 
 def reader(

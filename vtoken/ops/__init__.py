@@ -6,9 +6,10 @@ Batch first. ``k`` is an int or a LongTensor (B,); ``valid`` (B, N) masks ragged
 ``1 - cos``, ties go to the lowest index, and the maths is float32 whatever the input.
 """
 
-from vtoken.ops.coverage import coverage
+from vtoken.ops.coverage import cover, coverage
 from vtoken.ops.dpp import dpp
 from vtoken.ops.greedy import k_center, mmr, sads
+from vtoken.ops.log_det import log_det
 from vtoken.ops.max_min import max_min
 from vtoken.ops.max_sum import max_sum
 from vtoken.ops.merge import Merged, bipartite_merge, cluster_merge, density_peaks, merge_rows, row_sizes
@@ -19,10 +20,12 @@ __all__ = [
     "Merged",
     "bipartite_merge",
     "cluster_merge",
+    "cover",
     "coverage",
     "density_peaks",
     "dpp",
     "k_center",
+    "log_det",
     "max_min",
     "max_sum",
     "merge_rows",

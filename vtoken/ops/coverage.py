@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from vtoken.ops.common import counts, finite, mask_of
 from vtoken.ops.cosines import Cosines
 from vtoken.ops.lazy import on_host
 from vtoken.ops.nested import row_by_row
-from vtoken.precision import selection
+from vtoken.precision import selection, without_autocast
 
 BLOCK = 16  # candidates evaluated at a time
 CHUNK = 512  # the same before the first pick, when all are
@@ -73,8 +74,39 @@ def coverage(
     return row_by_row(pick, cosines, count, valid, importance**alpha, short=DENSE)
 
 
+def cover(columns: Callable[[Tensor], Tensor], rows: int, k: int | Tensor, valid: Tensor) -> Tensor:
+    """Pick the column of a non-negative matrix that adds most to what the picks cover of its rows (maximum coverage).
+
+    A set covers row r by its largest entry there; the gain of column c is ``sum_r max(0, C[r, c] - cover_r)``. As in
+    `coverage`, only columns whose old gain reaches the best are evaluated again.
+
+    Parameters
+    ----------
+    columns : callable
+        ``columns(index)`` gives the columns ``index`` (B, P) of the matrices (B, R, N), as (B, P, R) float32.
+    rows : int
+        R.
+    k : int or Tensor
+        How many, or (B,) long; more than there are valid columns means all of them.
+    valid : Tensor
+        (B, N) bool: columns to choose from.
+
+    Returns
+    -------
+    Tensor
+        (B, max k) long in pick order, padded with -1.
+    """
+    count = counts(k, valid)
+    weight = torch.ones_like(valid, dtype=torch.float32)
+    with torch.no_grad(), without_autocast(valid.device):
+        return _take(_LazyGains(columns, rows, valid, weight, add=False), count)
+
+
 def _pick(cosines: Cosines, k: Tensor, valid: Tensor, weight: Tensor, add: bool) -> Tensor:
-    search = _LazyGains(cosines, valid, weight, add)
+    return _take(_LazyGains(cosines.columns, cosines.shape[1], valid, weight, add), k)
+
+
+def _take(search: _LazyGains, k: Tensor) -> Tensor:
     picked = k.new_full((len(k), int(k.max())), -1)
     for step in range(picked.shape[1]):
         best = search.next()
@@ -85,10 +117,12 @@ def _pick(cosines: Cosines, k: Tensor, valid: Tensor, weight: Tensor, add: bool)
 class _LazyGains:
     """Bounds on the gains of all candidates, sharpened for the best ones until the best of all is exact."""
 
-    def __init__(self, cosines: Cosines, valid: Tensor, weight: Tensor, add: bool) -> None:
-        self.cosines, self.weight, self.add = cosines, weight, add
+    def __init__(
+        self, columns: Callable[[Tensor], Tensor], rows: int, valid: Tensor, weight: Tensor, add: bool
+    ) -> None:
+        self.columns, self.weight, self.add = columns, weight, add
         self.free = valid.clone()
-        self.cover = torch.zeros_like(cosines.inverse)
+        self.cover = weight.new_zeros(len(valid), rows)
         tokens = torch.arange(valid.shape[1], device=valid.device)
         self.bound = torch.cat([self._gains(part.expand(len(valid), -1)) for part in tokens.split(CHUNK)], 1)
         self.exact = torch.ones_like(self.free)
@@ -106,9 +140,9 @@ class _LazyGains:
             self.bound.scatter_(1, index, self._gains(index))
             self.exact.scatter_(1, index, True)
         self.free.scatter_(1, best, False)
-        self.cover = torch.maximum(self.cover, self.cosines.columns(best)[:, 0])
+        self.cover = torch.maximum(self.cover, self.columns(best)[:, 0])
         self.exact.fill_(False)
         return best
 
     def _gains(self, index: Tensor) -> Tensor:
-        return (self.cosines.columns(index) - self.cover[:, None]).clamp(min=0).sum(2)
+        return (self.columns(index) - self.cover[:, None]).clamp(min=0).sum(2)

@@ -2,6 +2,7 @@
 """Visual-token reducers, one method a file. Importing this package registers all of them."""
 
 from vtoken.reducers.aim import AIM
+from vtoken.reducers.apet import ApET
 from vtoken.reducers.base import (
     Assignment,
     KeepReducer,
@@ -26,8 +27,11 @@ from vtoken.reducers.hiprune import HiPrune
 from vtoken.reducers.holov import HoloV
 from vtoken.reducers.idpruner import IDPruner
 from vtoken.reducers.ima import IMA
+from vtoken.reducers.mmtok import MMTok
+from vtoken.reducers.otprune import OTPrune
 from vtoken.reducers.pooled import Pooled
 from vtoken.reducers.prumerge import PruMerge
+from vtoken.reducers.prunesid import PruneSID
 from vtoken.reducers.pyramiddrop import PyramidDrop
 from vtoken.reducers.random import Random
 from vtoken.reducers.scope import SCOPE
@@ -37,6 +41,7 @@ from vtoken.reducers.tokencorr import TokenCorr
 from vtoken.reducers.tome import ToMe
 from vtoken.reducers.towerprune import TowerPrune
 from vtoken.reducers.uniform import Uniform
+from vtoken.reducers.v2drop import V2Drop
 from vtoken.reducers.visionzip import VisionZip
 from vtoken.reducers.vispruner import VisPruner
 from vtoken.reducers.vtw import VTW
@@ -50,6 +55,7 @@ __all__ = [
     "SCOPE",
     "VTW",
     "YOPO",
+    "ApET",
     "Assignment",
     "CDPruner",
     "Chain",
@@ -66,9 +72,12 @@ __all__ = [
     "IDPruner",
     "KeepReducer",
     "LayerReducer",
+    "MMTok",
     "MergeReducer",
+    "OTPrune",
     "Pooled",
     "PruMerge",
+    "PruneSID",
     "PyramidDrop",
     "Random",
     "Reducer",
@@ -80,6 +89,7 @@ __all__ = [
     "TokenCorr",
     "TowerPrune",
     "Uniform",
+    "V2Drop",
     "VisPruner",
     "VisionZip",
     "ZOOPrune",

@@ -13,8 +13,8 @@ def rows_at(ctx: VisualContext, layer: int) -> Attention:
     """The recorded attention rows of ``layer``, on the device of the context."""
     found = ctx.attention[layer]
     device = ctx.hidden.device
-    values = None if found.values is None else found.values.to(device)
-    return Attention(found.probabilities.to(device), found.valid.to(device), values)
+    values, keys = (None if part is None else part.to(device) for part in (found.values, found.keys))
+    return Attention(found.probabilities.to(device), found.valid.to(device), values, keys)
 
 
 def mean_over_rows(attention: Attention, rows: Tensor | None = None) -> Tensor:

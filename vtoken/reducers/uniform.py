@@ -9,18 +9,25 @@ from torch import Tensor
 
 from vtoken.context import VisualContext
 from vtoken.reducers.base import SelectReducer
+from vtoken.reducers.placed import PlacedReducer
 from vtoken.registry import register
 
 
 @register("uniform")
 @dataclass(frozen=True)
-class Uniform(SelectReducer):
+class Uniform(PlacedReducer, SelectReducer):
     """Keep every (N / K)-th token of each image in raster order, starting half a step in.
+
+    Parameters
+    ----------
+    layer : int, float or None
+        First decoder layer without the dropped tokens, at least 1, or a share of the depth; None acts before the
+        language model.
 
     Raises
     ------
     ValueError
-        If ``keep`` is out of range.
+        If a parameter is out of range.
     """
 
     summary = "Evenly spaced tokens (control)."
