@@ -37,13 +37,13 @@ class Spy(Reducer):
         return dict(self.tapped)
 
     def layers(self, depth):
-        return tuple(layer for layer, _ in self.peeked)
+        return (*(layer for layer, _ in self.peeked), depth)
 
     def before_llm(self, ctx):
         self.seen["ctx"] = ctx
 
     def at_layer(self, layer, ctx):
-        self.seen[layer] = ctx.peek(dict(self.peeked)[layer])
+        self.seen[layer] = ctx if layer == ctx.depth else ctx.peek(dict(self.peeked)[layer])
 
 
 def eager_attentions(family, batch):
@@ -62,7 +62,7 @@ def test_decoder_rows_equal_eager(family, attn, batch):
     spy = Spy(tapped=((1, "last"), (2, "text")), peeked=((2, "question"), (3, "last")))
     with vtoken.reduce(model, spy), torch.no_grad():
         model(**inputs)
-    ctx = spy.seen["ctx"]
+    ctx = spy.seen[spy.seen["ctx"].depth]
     torch.testing.assert_close(ctx.attention[1].probabilities[:, :, 0], wanted[1][:, :, -1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(spy.seen[3].probabilities[:, :, 0], wanted[3][:, :, -1], atol=1e-5, rtol=1e-4)
     for row in range(len(batch)):

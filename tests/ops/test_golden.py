@@ -209,7 +209,8 @@ def zoo_prune(p, x, e):
 def fopru(p, x, e):
     first = int(p["has_cls"])
     read = [
-        STATISTICS[what](x["q"][None], x["k"][None], x["q"].shape[-1] ** -0.5, first) for what in ("received", "given")
+        STATISTICS[what](x["q"][None], x["k"][None], x["q"].shape[-1] ** -0.5, first)[:, first:]
+        for what in ("received", "given")
     ]
     sig = significance(*read, everything(read[0]))
     e.close("sig", sig[0])

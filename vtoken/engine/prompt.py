@@ -345,6 +345,8 @@ def build_context(
 def behind_labels(labels: Tensor | None, placed: Placed, real: Tensor, document: Tensor | None) -> Tensor | None:
     """(B, S) bool: an answer that is trained on, from the first supervised token behind the last picture.
 
+    Labels that supervise placeholders of pictures are the ids themselves, which tell no answer from its question.
+
     Parameters
     ----------
     labels : Tensor or None
@@ -355,6 +357,8 @@ def behind_labels(labels: Tensor | None, placed: Placed, real: Tensor, document:
     if labels is None or labels.shape != real.shape:
         return None
     supervised = (labels.to(real.device) != IGNORED) & real
+    if bool((supervised & (placed.item >= 0)).any()):
+        return None
     part = torch.zeros_like(placed.item) if document is None else document
     # the last visual token of a document is the highest place that one of its tokens stands at
     at = torch.arange(real.shape[1], device=real.device).expand(real.shape)

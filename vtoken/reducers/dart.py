@@ -25,9 +25,9 @@ NORMS = ("keys", "keys_l1", "states")
 class DART(KeepReducer):
     """Duplication-aware reduction of tokens (arXiv 2502.11494), which ranks nothing by attention.
 
-    The visual and text tokens with the longest keys, over all heads of the layer before the cut, are pivots. One pivot
-    after the other, visual ones first, keeps the tokens least similar to it, in equal numbers. Similarities are those
-    of the hidden states; the authors take them through the decoder's final norm.
+    The longest visual and text tokens are pivots. One pivot after the other, visual ones first, keeps the tokens least
+    similar to it, in equal numbers. Similarities are those of the hidden states; the authors take them through the
+    decoder's final norm, and measure length on the keys of the layer before the cut.
 
     Parameters
     ----------
@@ -38,11 +38,10 @@ class DART(KeepReducer):
     text_pivots : int
         Text tokens behind the image that serve as further pivots.
     norm : str
-        By what pivots are long. ``"keys"``: the Euclidean norm of the keys, which their rotation leaves alone.
-        ``"keys_l1"``: the sum of their magnitudes, as in the authors' code; of rotated keys it depends on the position
-        ids, so that a row of a padded batch is chosen from as it is alone only if its positions start at 0, as those of
-        ``generate`` do. ``"states"``: the Euclidean norm of the hidden states, for decoders whose layer before the cut
-        is recurrent.
+        What pivots are long by. ``"states"``: the Euclidean norm of the hidden states. ``"keys"``: that of the keys over
+        all heads of the layer before the cut, which their rotation leaves alone. ``"keys_l1"``: the sum of the keys'
+        magnitudes, as in the authors' code; of rotated keys it depends on the position ids, so that a row of a padded
+        batch is chosen from as it is alone only if its positions start at 0, as those of ``generate`` do.
 
     Raises
     ------
@@ -57,7 +56,7 @@ class DART(KeepReducer):
     layer: int | float = 2
     pivots: int = 4
     text_pivots: int = 4
-    norm: str = "keys"
+    norm: str = "states"
 
     def __post_init__(self) -> None:
         super().__post_init__()
