@@ -44,8 +44,8 @@ def inside(model: nn.Module) -> nn.Module:
         if (within := vars(model).get("_modules", {}).get("_orig_mod")) is None:
             if type(model).__name__ not in SHELLS:
                 return model
-            within = model.module  # type: ignore[assignment]
-        model = within  # type: ignore[assignment]
+            within = model.module
+        model = within
 
 
 def session_of(model: nn.Module) -> Session | None:

@@ -90,7 +90,7 @@ class _PrunedLayer(CacheLayerMixin):
                 "This cache was pruned by vtoken and needs a wrapped model, which knows what each of its layers holds: "
                 "continue on a wrapped model, or start with a new cache."
             )
-        return super().get_mask_sizes(query)  # type: ignore[misc]
+        return super().get_mask_sizes(query)  # type: ignore[safe-super]
 
     def reset(self) -> None:
         self.__class__ = self.stock  # what was stored is gone, and with it all that was to remember
@@ -99,7 +99,7 @@ class _PrunedLayer(CacheLayerMixin):
         self.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._take_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -125,7 +125,7 @@ class _VirtualLayer(_PrunedLayer):
     _cropping = False
 
     def get_seq_length(self, *args: Any) -> int:
-        stored = super().get_seq_length(*args)  # type: ignore[misc]
+        stored = super().get_seq_length(*args)  # type: ignore[safe-super]
         return stored if self._cropping else stored + self.pruned.dropped
 
     def get_mask_sizes(self, query: Any) -> tuple[int, int]:
@@ -152,14 +152,15 @@ class _VirtualLayer(_PrunedLayer):
 
     def _crop_prompt(self, length: int) -> None:
         """Keep what stands before ``length`` in the original sequence; rows may keep different numbers."""
-        keys: Any = self.keys  # type: ignore[has-type]
+        keys: Any = self.keys
         if not isinstance(keys, Tensor) or keys.dim() != 4 or keys.shape[2] != self._stored():
             raise NotImplementedError(
                 f"A pruned {self.stock.__name__} cannot be cropped into its prompt, as it no longer holds all of it in "
                 "one piece: crop less, or start with a new cache."
             )
         index, valid = compact(self.pruned.valid & (self.pruned.place < length))
-        self.keys, self.values = (gather(x, index, dim=2) for x in (keys, self.values))  # type: ignore[has-type]
+        values: Any = self.values
+        self.keys, self.values = (gather(x, index, dim=2) for x in (keys, values))
         if hasattr(self, "cumulative_length"):
             self.cumulative_length = index.shape[1]
         full = bool(valid.all())

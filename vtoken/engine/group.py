@@ -50,7 +50,8 @@ class Group:
         if self.index.device == device:
             return self
         names = ("index", "relative", "valid", "item", "slot", "text")
-        view = View(*(None if x is None else x.to(device) for x in (self.view.row, self.view.index, self.view.valid)))
+        row, index = (None if x is None else x.to(device) for x in (self.view.row, self.view.index))
+        view = View(row, index, self.view.valid.to(device))
         return replace(self, view=view, **{name: getattr(self, name).to(device) for name in names})
 
     @property

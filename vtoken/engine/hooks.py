@@ -25,8 +25,9 @@ class AdapterHooks:
     reader : VisionReader
         Watches the vision tower while something encodes.
     announce : callable
-        ``announce(kinds, record, labels)`` says, for models without an outer module, that the next ``inputs_embeds``
-        of the language model hold visual tokens at ``kinds`` (B, S) > 0, and what is known of them.
+        ``announce(kinds, record, first, labels)`` says, for models without an outer module, that the next
+        ``inputs_embeds`` of the language model hold visual tokens at ``kinds`` (B, S) > 0, the first of which is
+        ``first`` (D,), and what is known of them.
     rows : callable
         Gives ``relative`` (B, n) and ``valid`` (B, n) of the sequence that the decoder layers work on since a cut
         inside of the decoder, as positions in the one that the language model was called with; None without one.
@@ -34,5 +35,5 @@ class AdapterHooks:
 
     replace: Callable[[Any, str, Callable[[Callable], Callable]], None]
     reader: VisionReader
-    announce: Callable[[Tensor, VisionRecord, Tensor | None], None]
+    announce: Callable[[Tensor, VisionRecord, Tensor, Tensor | None], None]
     rows: Callable[[], tuple[Tensor, Tensor] | None]

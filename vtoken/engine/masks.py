@@ -219,7 +219,7 @@ def rows_seen(
     causal: bool,
     window: int | None = None,
     documents: Tensor | None = None,
-) -> Tensor | None:
+) -> Tensor:
     """What some queries of a layer see, from whatever mask its backend was given.
 
     Parameters

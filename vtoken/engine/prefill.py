@@ -55,13 +55,12 @@ class Prefill:
     ) -> None:
         self.adapter, self.prompt, self.visibility, self.hide = adapter, prompt, visibility, hide
         self.past, self.length = visibility.past, prompt.real.shape[1]
-        self.moved = False  # set once, where the language model is given other rows than the caller passed
-        self.renumbered = False  # set once, with the position ids of the language model
-        self.is_aside = False  # True only inside of `aside`, which puts it back whatever happens
+        # the first two are set once, with the arguments of the language model; the last inside of `aside` only
+        self.moved = self.renumbered = self.is_aside = False
         everything = torch.arange(self.length, device=prompt.real.device).expand(prompt.real.shape)
         placed, view = prompt.placed, prompt.view(everything, prompt.real)
         first = Group(0, everything, everything, prompt.real, placed.item, placed.slot, placed.text, view)
-        self.groups = (first,)
+        self.groups: tuple[Group, ...] = (first,)
         self.context = prompt.context(embeds, view, adapter, newlines)
         self.left = self.context.valid  # (I, N) bool: tokens of the items that are left; changed by `_advance`
         self._shown = first  # the group whose context is at hand

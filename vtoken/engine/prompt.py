@@ -102,24 +102,22 @@ def place(
         times = max(sum(counts) // max(sum(record.lengths), 1), 1)  # beams repeat every row in a block
         record = adapter.regroup(record, here[::times])
         order = expand_items(record.lengths, counts)
-        known = [x.to(device) for x in _numbered(len(found.layouts), [record.lengths[i] for i in order])]
-        places = here.nonzero(as_tuple=True)
-        item[places], slot[places] = known
+        lengths, places = [record.lengths[i] for i in order], here.nonzero(as_tuple=True)
+        item[places], slot[places] = (x.to(device) for x in _numbered(len(found.layouts), lengths))
         found.add(record, order, device)
-        rows += _rows([record.lengths[i] for i in order], counts)
+        rows += _rows(lengths, counts)
         if record.dropped is not None:
             dropped[places] = torch.cat(_items(record.dropped, record, order, device))
     shown, gone, hidden = None, None, (kinds > 0) & ~real
     simple = _is_simple(kinds, real, hidden)
     if not simple and bool(hidden.any()):  # a picture, or a part of one, that the caller's mask hides
-        lengths = torch.tensor([len(layout.view) for layout in found.layouts], device=device)
-        shown = lengths - torch.bincount(item[hidden & (item >= 0)], minlength=len(lengths))
+        whole = torch.tensor([len(layout.view) for layout in found.layouts], device=device)
+        shown = whole - torch.bincount(item[hidden & (item >= 0)], minlength=len(whole))
         item, slot = (x.masked_fill(hidden, -1) for x in (item, slot))
     if any(record.dropped is not None for record in records.values()):
         gone = item.masked_fill(~dropped, -1), slot.masked_fill(~dropped, -1)
         item, slot = (x.masked_fill(dropped, -1) for x in (item, slot))
-    table = ItemTable.of(found.layouts, device, shown)
-    row = torch.tensor(rows, device=device)
+    row, table = torch.tensor(rows, device=device), ItemTable.of(found.layouts, device, shown)
     return Placed(item, slot, real & (kinds == 0), row, gone, simple, table, *found.padded())
 
 

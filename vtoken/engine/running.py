@@ -142,7 +142,7 @@ class Running:
             forward.taps.enter_context(tap(block, reader(look, rows, store)))
         self.session.light.open(forward.taps, prefill)
 
-    def _whole(self, kinds: Tensor, records: Any, real: Tensor) -> Stats:
+    def _whole(self, kinds: Any, records: Any, real: Tensor) -> Stats:
         """Statistics of a prefill that nothing was dropped from."""
         placed = place(self.adapter, kinds, records, real)
         blank = torch.empty(*real.shape, 0, dtype=torch.float32, device=real.device)

@@ -38,10 +38,10 @@ class DART(KeepReducer):
     text_pivots : int
         Text tokens behind the image that serve as further pivots.
     norm : str
-        What pivots are long by. ``"states"``: the Euclidean norm of the hidden states. ``"keys"``: that of the keys over
-        all heads of the layer before the cut, which their rotation leaves alone. ``"keys_l1"``: the sum of the keys'
-        magnitudes, as in the authors' code; of rotated keys it depends on the position ids, so that a row of a padded
-        batch is chosen from as it is alone only if its positions start at 0, as those of ``generate`` do.
+        What pivots are long by. ``"states"``: the Euclidean norm of the hidden states. ``"keys"``: that of the keys
+        over all heads of the layer before the cut, which their rotation leaves alone. ``"keys_l1"``: the sum of the
+        keys' magnitudes, as in the authors' code; of rotated keys it depends on the position ids, so that a row of a
+        padded batch is chosen from as it is alone only if its positions start at 0, as those of ``generate`` do.
 
     Raises
     ------

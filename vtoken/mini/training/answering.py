@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from vtoken.engine.taps import attention_rows, tap
+from vtoken.engine.reading import attention_rows
+from vtoken.engine.taps import tap
 from vtoken.mini.model import WIDTH
 from vtoken.mini.training.batches import Pack, attention_mask
 from vtoken.mini.training.supervision import PLACE_FIELDS, Heads
