@@ -223,7 +223,6 @@ class Prefill:
             return new
         return kv.stored_length(cache, layer)  # holds the new keys already
 
-    # ------------------------------------------------------------------ what is asked afterwards
     @property
     def shortened(self) -> bool:
         """Whether any layer worked on fewer rows than the caller passed."""
