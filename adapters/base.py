@@ -76,6 +76,10 @@ class Adapter:
         """Whether a decoder layer attends; recurrent layers do not."""
         return hasattr(layer, "self_attn")
 
+    def kv_source(self, layer: int) -> int:
+        """Number of the decoder layer whose keys and values ``layer`` attends to: its own, unless layers share them."""
+        return layer
+
     def query_projections(self, layer: Any) -> list[nn.Module]:
         """The row-wise modules of a decoder layer's attention that a row needs only if it attends itself."""
         block = self.attention(layer)
@@ -122,7 +126,15 @@ class Adapter:
         return narrow
 
     def cut_extras(self, kwargs: dict[str, Any], index: Tensor, valid: Tensor) -> dict[str, Any]:
-        """Shorten further per-token arguments of the language model's call (deepstack features)."""
+        """Shorten further per-token arguments of the language model's call (deepstack features).
+
+        Parameters
+        ----------
+        kwargs : dict
+            The arguments of the whole call; the engine shortens embeddings, masks and positions itself.
+        index, valid : Tensor
+            (B, n): the tokens that stay, and which of them are no padding; see `vtoken.ops.ragged.compact`.
+        """
         return kwargs
 
     def install(self, hooks: AdapterHooks) -> None:

@@ -98,6 +98,10 @@ class Group:
         return Group(start, self.index, self.relative, keep, item, slot, self.text, prompt.view(self.index, keep))
 
 
+_OWN = ("attention_mask", "position_embeddings", "position_ids", "past_key_values")
+"""Arguments of a layer that `Prefill.layer_kwargs` treats each in its own way."""
+
+
 class Prefill:
     """The state of one forward pass that brings new visual tokens.
 
@@ -172,14 +176,13 @@ class Prefill:
         if position_ids is None:
             position_ids = torch.arange(self.past, self.past + self.length, device=index.device)[None]
         embeds = gather(kwargs["inputs_embeds"], index)
-        kwargs = {
-            **kwargs,
+        return {
+            **self.adapter.cut_extras(kwargs, index, valid),
             "inputs_embeds": embeds,
             "position_ids": gather(position_ids, index, dim=position_ids.dim() - 1, batch=position_ids.dim() - 2),
             "attention_mask": self.visibility.after_drop(index, valid, full, embeds),
             **self.visibility.varlen(index, valid),
         }
-        return self.adapter.cut_extras(kwargs, index, valid)
 
     def _shift(self) -> Tensor | None:
         pruned = kv.pruned_of(self.visibility.cache)
@@ -285,15 +288,32 @@ class Prefill:
                 return {**kwargs, "position_ids": None}
             return kwargs
         group, given = self.group.to(hidden.device), kwargs.get("attention_mask")
+        if not self.hide:
+            kwargs = {name: value if name in _OWN else self.rows_left(value) for name, value in kwargs.items()}
         kind = layer_type(self.adapter, layer)
         if (key := (len(self.groups), kind)) not in self.masks:
             self.masks[key] = self.visibility.of_layer(layer, given, group.valid, group.relative, hidden, self.hide)
         kwargs = {**kwargs, "attention_mask": self.masks[key]}
         if not self.hide:
-            tables = table_rows(kwargs["position_embeddings"], None, group.relative)
-            kwargs.update(position_embeddings=tables, position_ids=None)
+            if "position_embeddings" in kwargs:
+                kwargs["position_embeddings"] = table_rows(kwargs["position_embeddings"], None, group.relative)
+            kwargs["position_ids"] = None
             kwargs.update(self.visibility.varlen(group.index, group.valid))
         return kwargs
+
+    def rows_left(self, value: Any) -> Any:
+        """An argument of a layer for the group at work: a tensor with a row per token (B or 1, S, ...) is shortened."""
+        rows, length = self.groups[0].index.shape
+        if self.hide or len(self.groups) == 1:
+            return value
+        if isinstance(value, tuple | list):
+            return type(value)(self.rows_left(part) for part in value)
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        if value.shape[0] not in (1, rows) or value.shape[1] != length:
+            return value
+        short = gather(value, self.group.relative)
+        return short & self.group.valid.to(short.device) if value.dtype == torch.bool and value.dim() == 2 else short
 
     def documents_of(self, group: Group) -> Tensor | None:
         """(B, n): document of each token of a group, None where rows are not packed."""

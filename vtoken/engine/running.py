@@ -158,6 +158,7 @@ class Running:
         if forward is not None and forward.prefill is not None:
             return self._prefill_layer(index, module, args, kwargs, forward.prefill)
         cache: Any = kwargs.get("past_key_values")
+        index = self.adapter.kv_source(index)
         pruned = kv.pruned_of(cache, index) if cache is not None else None
         if pruned is None:
             return None
@@ -169,6 +170,11 @@ class Running:
     def _prefill_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict, prefill: Prefill) -> Any:
         hidden = args[0]
         if index in self.work.layers and prefill.has_visual:
+            if hidden.dim() != 3:
+                raise NotImplementedError(
+                    f"The decoder layers of {type(self.adapter.model).__name__} are given several residual streams, "
+                    "between which nothing can be dropped: use a reducer that acts before the language model."
+                )
             self._check_checkpointing(module)
             started = time.perf_counter()
             ctx = prefill.show(index, hidden, module, kwargs)
@@ -177,7 +183,8 @@ class Running:
             stats: Any = self.session.stats
             stats.add_group(index, prefill.context.valid, cut)
             stats.selection_seconds += time.perf_counter() - started
-        return (hidden, *args[1:]), prefill.layer_kwargs(index, hidden, kwargs)
+        rest = [prefill.rows_left(value) for value in args[1:]]
+        return (hidden, *rest), prefill.layer_kwargs(index, hidden, kwargs)
 
     def _step_layer(
         self, index: int, args: tuple, kwargs: dict[str, Any], forward: Forward | None, pruned: kv.Pruned
