@@ -34,6 +34,7 @@ from speed_tables import TABLES, speed
 from tabular import markdown
 
 from vtoken.adapters import families as known_families
+from vtoken.adapters.generic import GenericAdapter
 from vtoken.cli.describe import describe
 from vtoken.eval.comparison.summary import Row, corrected, row_from
 from vtoken.eval.report.formats import SIGNIFICANT, difference_text
@@ -71,8 +72,8 @@ def families(report: dict) -> str:
 
 
 def evidence(tested: dict[str, dict]) -> str:
-    """Families x features: the types that the adapters serve, then what was tested besides."""
-    known = known_families()
+    """Families x features: the types with an adapter of their own, then what was tested besides."""
+    known = [name for name, adapter in known_families().items() if adapter is not GenericAdapter]
     names = [*known, *(name for name in tested if name not in known)]
     columns = runpy.run_path(str(ROOT / "tests" / "support" / "features.py"))["FEATURES"]
     features = [name for name in columns if any(name in found for found in tested.values())]

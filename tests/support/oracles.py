@@ -66,6 +66,8 @@ PLANS = {
 
 
 def language_model(model: nn.Module) -> nn.Module:
+    if hasattr(model, "layers"):
+        return model
     return getattr(model.model, "language_model", None) or model.model.text_model
 
 
@@ -96,7 +98,10 @@ def runs_of(visual: Tensor, lengths: list[int] | None = None) -> list[list[Tenso
 
 @contextlib.contextmanager
 def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None = None):
-    """The stock model on the full sequence, with dropped keys hidden by an explicit 4-D mask in every layer."""
+    """The stock model on the full sequence, with dropped keys hidden by an explicit 4-D mask where layers attend.
+
+    Gives a dictionary whose ``"valid"`` (B, S) is what the layer at work sees, for layers that attend to nothing.
+    """
     cuts = dict(plan.at)
     length = visual.shape[1]
     state = {"now": real}
@@ -119,7 +124,10 @@ def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Ten
             state["now"] = choose(hidden[:, :length], cuts[index], state["now"])
         total = hidden.shape[1]
         valid = torch.cat([state["now"], state["now"].new_ones(len(hidden), total - length)], 1)
+        state["valid"] = valid
         base = kwargs.get("attention_mask")
+        if base is not None and base.dim() == 2:  # a recurrent layer
+            return args, kwargs
         if base is None:
             base = torch.ones(total, total).tril().bool()[None, None]
         if base.dtype != torch.bool:
@@ -136,7 +144,7 @@ def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Ten
         for index, layer in enumerate(layers)
     ]
     try:
-        yield
+        yield state
     finally:
         for handle in handles:
             handle.remove()
