@@ -77,7 +77,7 @@ class Adapter:
         return hasattr(layer, "self_attn")
 
     def kv_source(self, layer: int) -> int:
-        """Number of the decoder layer whose keys and values ``layer`` attends to: its own, unless layers share them."""
+        """Number of the decoder layer that made or chose the keys of ``layer``: its own, unless layers share them."""
         return layer
 
     def query_projections(self, layer: Any) -> list[nn.Module]:

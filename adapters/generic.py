@@ -32,6 +32,11 @@ NESTED = ("language_model", "text_model", "model", "decoder", "transformer", "ba
 """Names under which a module holds the language model, or that holds its layers."""
 PLACEHOLDERS = ("{}_token_id", "{}_token_index", "{}_patch_id")
 """Names under which a config holds the placeholder of a modality."""
+POOLED = ("index_block_size", "index_kpool", "indexer_compress_ratio")
+"""Names under which a config holds how many neighbouring keys are chosen together."""
+SLIDING = "sliding_attention"
+KINDS = ("full_attention", "linear", "conv", "mamba", "moe", "mlp", "indexed_attention")
+"""What the kind of a decoder layer has in it that is understood, beside sliding windows."""
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "mixer")
 NORMS = ("input_layernorm", "operator_norm", "attention_norm", "attn_norm", "norm1", "norm")
 """Names of the norm before the attention of a decoder layer."""
@@ -65,6 +70,9 @@ class GenericAdapter(Adapter):
         "emu3",
         "ernie4_5_vl_moe",
         "exaone4_5",
+        "fast_vlm",
+        "fuyu",
+        "gemma3n",
         "gemma4",
         "gemma4_unified",
         "glm46v",
@@ -85,11 +93,14 @@ class GenericAdapter(Adapter):
         "minicpm_ocr",
         "minicpmv4_6",
         "minicpmv4_7",
+        "mistral_large4",
         "molmo2",
         "muse_glimmer",
         "muse_spark",
+        "nemotron_h_omni",
         "ovis2",
         "paddleocr_vl",
+        "perception_lm",
         "pp_chart2table",
         "qianfan_ocr",
         "qwen2_5_omni_thinker",
@@ -136,7 +147,9 @@ class GenericAdapter(Adapter):
     def _sources(self) -> list[int]:
         config, own = self.language_model.config, list(range(len(self.layers)))
         if (named := getattr(config, "kv_source_layers", None)) is not None:
-            return list(named)
+            chosen = getattr(config, "indexer_types", None) or ["full"] * len(own)
+            makers = [i for i in own if chosen[i] == "full"]
+            return [min(named[i], max(maker for maker in makers if maker <= i)) for i in own]
         first = len(own) - (getattr(config, "num_kv_shared_layers", None) or 0)
         kinds = getattr(config, "layer_types", None) or [""] * len(own)  # a layer shares with the last one of its kind
         return [i if i < first else max(j for j in own[:first] if kinds[j] == kinds[i]) for i in own]
@@ -207,6 +220,12 @@ class GenericAdapter(Adapter):
             )
         return found
 
+    def read_block(self, layer: int | float) -> int:
+        raise ValueError(
+            f"{type(self.model).__name__} is served by convention, which does not tell what patch of the vision tower "
+            "becomes which token: use a reducer that needs no encoder attention."
+        )
+
     def item_lengths(self, features: list[Tensor], call: dict[str, Any]) -> list[int]:
         """Tokens of each entry; where all pictures are one tensor, as the grids in the call divide it."""
         total = sum(map(len, features))
@@ -261,6 +280,12 @@ def check_kind(model: nn.Module) -> None:
         raise TypeError(
             f"{name} is an encoder-decoder model: its visual tokens are in the encoder, and the decoder that generates "
             "holds none that could be dropped."
+        )
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if any("crossatt" in (key + type(part).__name__).lower().replace("_", "") for key, part in decoder.named_modules()):
+        raise TypeError(
+            f"{name} reads what stands beside the text by cross attention: its decoder holds no visual tokens that "
+            "could be dropped."
         )
     if not any(_encodes(module) for module in model.modules()):
         raise TypeError(
@@ -324,11 +349,28 @@ def check_decoder(model: Any, language: Any) -> None:
     TypeError
         One sentence with the reason.
     """
-    name, layer = type(model).__name__, language.layers
-    parts = [(key, type(part).__name__) for one in layer for key, part in one.named_modules() if key]
-    if any("cross" in key.lower() or "crossattention" in kind.lower() for key, kind in parts):
+    name, config = type(model).__name__, language.config
+    if any("relative" in type(part).__name__.lower() for layer in language.layers for part in layer.modules()):
         raise TypeError(
-            f"{name} reads pictures by cross attention: its decoder holds no visual tokens that could be dropped."
+            f"{name} counts distances between tokens by the rows that are there, so that dropping some would move the "
+            "others: its decoder cannot be made shorter."
+        )
+    if (block := next((key for key in POOLED if getattr(config, key, None)), None)) is not None:
+        raise TypeError(
+            f"{name} chooses keys in blocks of {getattr(config, block)} neighbours ({block}), which dropping tokens "
+            "would divide otherwise: its decoder cannot be made shorter."
+        )
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    if unknown := sorted(kind for kind in kinds if kind != SLIDING and not any(word in kind for word in KINDS)):
+        raise TypeError(
+            f"{name} has decoder layers of the kind {unknown[0]!r}, to which it is not known what a dropped "
+            "token means: it needs an adapter of its own (docs/adding-a-family.md)."
+        )
+    names = inspect.signature(language.forward).parameters
+    if any("deepstack" in key for key in names) and not hasattr(language, "_deepstack_process"):
+        raise TypeError(
+            f"{name} adds visual features between its decoder layers in code that cannot be told of a cut: it needs an "
+            "adapter of its own (docs/adding-a-family.md)."
         )
     if own_generate(model, language):
         raise TypeError(

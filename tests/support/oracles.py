@@ -118,8 +118,10 @@ def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Ten
 
     def hook(index: int, module: nn.Module, args: tuple, kwargs: dict):
         hidden = args[0]
+        if hidden.dim() == 4:  # residual streams
+            hidden = hidden.permute(1, 2, 0, 3).flatten(2)
         if index == 0:
-            state["now"] = real if plan.before is None else choose(hidden[:, :length], plan.before, real)
+            state["now"] = real if plan.before is None else choose(state["embeds"][:, :length], plan.before, real)
         if index in cuts:
             state["now"] = choose(hidden[:, :length], cuts[index], state["now"])
         total = hidden.shape[1]
@@ -136,12 +138,19 @@ def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Ten
         mask = torch.zeros(allow.shape, dtype=hidden.dtype).masked_fill(~allow, torch.finfo(hidden.dtype).min)
         return args, {**kwargs, "attention_mask": mask}
 
-    layers = language_model(model).layers
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        state["embeds"] = kwargs["inputs_embeds"]
+
+    language = language_model(model)
+    layers = language.layers
     handles = [
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs, index=index: hook(index, module, args, kwargs), with_kwargs=True
-        )
-        for index, layer in enumerate(layers)
+        language.register_forward_pre_hook(note, with_kwargs=True),
+        *(
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs, index=index: hook(index, module, args, kwargs), with_kwargs=True
+            )
+            for index, layer in enumerate(layers)
+        ),
     ]
     try:
         yield state

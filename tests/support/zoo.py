@@ -25,7 +25,7 @@ from vtoken.adapters import Adapter
 from vtoken.adapters.generic import find_outer
 from vtoken.engine.tower import feature_list
 
-UNEQUAL = ("hunyuan_vl",)
+UNEQUAL = ("hunyuan_vl", "mistral_large4")
 """Types in which a padded batch differs from its rows without vtoken, too."""
 
 Picture = Callable[[int, torch.Generator], dict[str, Tensor]]
@@ -442,6 +442,66 @@ def gemma4(name):
         return {"pixel_values": torch.rand(1, 16, width, generator=generator), "image_position_ids": grid}
 
     return of(name, text, vision), picture
+
+
+@kind("mistral_large4")
+def mistral_large4(name):
+    text = {**LATENT, **EXPERTS, "index_topk": 64, "index_head_dim": 16, "index_n_heads": 4}
+    text |= {"kv_source_layers": [0, 1, 2, 2], "no_rope_layers": [1, 0, 1, 1]}
+    vision = {**vision_config(image_size=48), "model_type": "pixtral", "head_dim": 8}
+
+    def picture(number, generator):
+        return {name: rows[number % 3 :] for name, rows in tiny.pixtral_pixels(number % 3 + 1, generator).items()}
+
+    return of(name, text, vision, spatial_merge_size=2, vision_feature_layer=-1), picture
+
+
+@kind("nemotron_h_omni")
+def nemotron_h_omni(name):
+    text = {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 4}
+    text |= {"mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8, "use_mamba_kernels": False}
+    text |= {**EXPERTS, "moe_shared_expert_intermediate_size": 32}
+    vision = vision_config(patch_size=4, image_size=48, max_img_size=64, mlp_ratio=2.0, patch_dim=48)
+    vision |= {"video_patch_dim": 96, "num_cls_tokens": 1, "num_registers": 1}
+    vision["video_temporal_patch_size"] = 2
+
+    def picture(number, generator):
+        grid = torch.tensor([GRIDS[number % len(GRIDS)][1:]])
+        rows = torch.randn(int(grid.prod()), 48, generator=generator)
+        return {"pixel_values": rows, "image_grid_hw": grid}
+
+    return of(name, text, vision, vision_hidden_size=32, projector_hidden_size=48), picture
+
+
+@kind("fuyu")
+def fuyu(name):
+    def picture(number, generator):
+        return {"pixel_values": torch.randn(1, 9, 3 * 16, generator=generator)}
+
+    return of(name, {"model_type": "persimmon"}, patch_size=4, image_size=12), picture
+
+
+@kind("gemma3n")
+def gemma3n(name):
+    text = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 14}
+    text |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": tiny.VOCAB}
+    text |= {"laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 6, "intermediate_size": [96] * 6}
+    vision = {"model_type": "gemma3n_vision", "architecture": "test_resnet", "hidden_size": 96}
+    audio = {"hidden_size": 32, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2}
+    return of(name, text, vision, audio_config=audio, vision_soft_tokens_per_image=4), square(64)
+
+
+@kind("fast_vlm")
+def fast_vlm(name):
+    vision = {"model_type": "timm_wrapper", "architecture": "test_resnet", "hidden_size": 96, "do_pooling": True}
+    return of(name, {}, vision, image_token_index=IMAGE_ID), square(128)
+
+
+@kind("perception_lm")
+def perception_lm(name):
+    args = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64, "global_pool": ""}
+    vision = {"model_type": "timm_wrapper", "architecture": "test_vit", "model_args": args, "hidden_size": 64}
+    return of(name, {}, vision, vision_use_cls_token=True, projector_pooling_ratio=1), square(64, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- oracle

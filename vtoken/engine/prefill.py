@@ -283,8 +283,8 @@ class Prefill:
     def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Mask, rotary tables and position ids of the group that the layer works on."""
         if len(self.groups) == 1:
-            if self.moved and kwargs.get("position_ids") is not None:
-                # layers use them only to detect packed sequences, which gaps are not (flash attention)
+            if self.moved and kwargs.get("position_ids") is not None and self.visibility.flash:
+                # used to detect packed sequences, which gaps are not
                 return {**kwargs, "position_ids": None}
             return kwargs
         group, given = self.group.to(hidden.device), kwargs.get("attention_mask")
@@ -297,7 +297,9 @@ class Prefill:
         if not self.hide:
             if "position_embeddings" in kwargs:
                 kwargs["position_embeddings"] = table_rows(kwargs["position_embeddings"], None, group.relative)
-            kwargs["position_ids"] = None
+            if (ids := kwargs.get("position_ids")) is not None:
+                short = functools.partial(gather, dim=ids.dim() - 1, batch=ids.dim() - 2)
+                kwargs["position_ids"] = None if self.visibility.flash else short(ids, group.relative)
             kwargs.update(self.visibility.varlen(group.index, group.valid))
         return kwargs
 

@@ -168,13 +168,10 @@ class Running:
 
     @torch.compiler.disable(reason=COMPILED)
     def _prefill_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict, prefill: Prefill) -> Any:
-        hidden = args[0]
+        hidden, streams = args[0], len(args[0])
+        if several := hidden.dim() == 4:  # residual streams (A, B, n, D), side by side for the reducer
+            hidden = hidden.permute(1, 2, 0, 3).flatten(2)
         if index in self.work.layers and prefill.has_visual:
-            if hidden.dim() != 3:
-                raise NotImplementedError(
-                    f"The decoder layers of {type(self.adapter.model).__name__} are given several residual streams, "
-                    "between which nothing can be dropped: use a reducer that acts before the language model."
-                )
             self._check_checkpointing(module)
             started = time.perf_counter()
             ctx = prefill.show(index, hidden, module, kwargs)
@@ -184,13 +181,17 @@ class Running:
             stats.add_group(index, prefill.context.valid, cut)
             stats.selection_seconds += time.perf_counter() - started
         rest = [prefill.rows_left(value) for value in args[1:]]
-        return (hidden, *rest), prefill.layer_kwargs(index, hidden, kwargs)
+        kwargs = prefill.layer_kwargs(index, hidden, kwargs)
+        if several:
+            hidden = hidden.unflatten(2, (streams, -1)).permute(2, 0, 1, 3)
+        return (hidden, *rest), kwargs
 
     def _step_layer(
         self, index: int, args: tuple, kwargs: dict[str, Any], forward: Forward | None, pruned: kv.Pruned
     ) -> Any:
         """A layer that stores other columns than layer 0 needs a mask of its own."""
-        cache, given, query = kwargs["past_key_values"], kwargs.get("attention_mask"), args[0].shape[1]
+        hidden = args[0] if args[0].dim() == 3 else args[0][0]  # one of several residual streams
+        cache, given, query = kwargs["past_key_values"], kwargs.get("attention_mask"), hidden.shape[1]
         first: Any = kv.pruned_of(cache)
         kind = self.work.kinds[index]
         sliding = kind == masks.SLIDING and pruned.buffer is None and query == 1
@@ -207,7 +208,7 @@ class Running:
                 two = None if forward is None else forward.mask2d
                 columns = masks.columns_of(cache, index, query, two, window)
                 nothing = columns is None and given is None
-                memo[key] = None if nothing else masks.build_mask(self.adapter, index, args[0], columns, cache)
+                memo[key] = None if nothing else masks.build_mask(self.adapter, index, hidden, columns, cache)
         return None if memo[key] is given else (args, {**kwargs, "attention_mask": memo[key]})
 
     @staticmethod

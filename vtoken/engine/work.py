@@ -77,8 +77,8 @@ class Work:
         last = min((source for layer, source in enumerate(sources) if source != layer), default=depth)
         if (late := max(layers - {depth}, default=0)) > last:
             raise NotImplementedError(
-                f"Reducer {reducer.name!r} drops tokens before layer {late}, but later layers attend to the keys of "
-                f"layer {last}, which still hold them: drop before layer {last} at the latest, or before the decoder."
+                f"Reducer {reducer.name!r} drops tokens before layer {late}, but later layers reuse the keys that "
+                f"layer {last} made or chose, with them: drop before layer {last} at the latest, or before the decoder."
             )
         for layer in taps:
             if not adapter.has_attention(adapter.layers[layer]):
