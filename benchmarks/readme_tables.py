@@ -6,6 +6,7 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
 - ``reducers``: from the registry;
 - ``families``: the adapters, and ``benchmarks/results/families.json``, what the tests show about each family
   (``pytest tests/session tests/adapters --families-report benchmarks/results/families.json``);
+- ``types``: the adapters, and ``benchmarks/results/types.json``, why other types are refused (``refused_types.py``);
 - ``mini_llava``: what the first embedded model can do (``benchmarks/mini_llava.py``);
 - ``embedded``: what the others can do (``benchmarks/mini_models.py``);
 - ``again``: weights of a second training beside the shipped ones;
@@ -43,7 +44,7 @@ from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w./-]+) -->\n?).*?(<!-- /table -->)", re.S)
-FILES = ("README.md", "docs/findings.md", "docs/embedded-models.md")
+FILES = ("README.md", "docs/findings.md", "docs/embedded-models.md", "docs/families.md")
 NO_TEST = "\N{EN DASH}"
 LEGEND = (
     f"✓ tests pass, {NO_TEST} no test, refused: a test finds the sentence that refuses it. Tiny models with random "
@@ -69,6 +70,20 @@ def families(report: dict) -> str:
     rows = [(", ".join(types), _first_line(adapter)) for adapter, types in adapters.items()]
     served = markdown(("`config.model_type`", "what it is"), rows, text_columns=2)
     return f"{served}\n{evidence(report['families'])}\n{LEGEND.format(**report['versions'])}\n"
+
+
+def types(found: dict) -> str:
+    """Every image-text-to-text type of transformers: which adapter serves it, or why none does."""
+    served = {
+        name: "by convention" if adapter is GenericAdapter else f"`adapters/{adapter.__module__.rpartition('.')[2]}.py`"
+        for name, adapter in known_families().items()
+    }
+    rows = [
+        (f"`{name}`", served.get(name, "refused"), found["refused"].get(name, ""))
+        for name in sorted(served | found["refused"])
+    ]
+    counted = f"{len(served)} of {len(rows)} types of transformers {found['transformers']} are served.\n\n"
+    return counted + markdown(("`config.model_type`", "adapter", "why not"), rows, text_columns=3)
 
 
 def evidence(tested: dict[str, dict]) -> str:
@@ -178,6 +193,8 @@ def table(name: str, results: Path) -> str:
     data = json.loads(path.read_text())
     if name == "families":
         return families(data)
+    if name == "types":
+        return types(data)
     if "conditions" in data:
         return mini(data["conditions"])
     if part == "note":

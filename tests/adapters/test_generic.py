@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import tiny
 import torch
+import transformers as tf
 import zoo
 from oracles import PLANS, TOLERANCE, TestReducer, extended, generate, visual_and_real
 
 import vtoken
 from vtoken.adapters import adapter_for
 from vtoken.adapters.generic import GenericAdapter
+from vtoken.engine.tower import VisionRecord
 
 BATCH = (1, 2, 0)
+TYPES = Path(__file__).parents[2] / "benchmarks" / "results" / "types.json"
+REFUSED = json.loads(TYPES.read_text(encoding="utf-8"))["refused"] if TYPES.is_file() else {}
 KINDS = list(zoo.BUILDERS)
 every_family = pytest.mark.parametrize("family", KINDS)
 CUTS = {"before": PLANS["before"], "between": TestReducer(before=0.7, at=((1, 0.6), (2, 0.4)))}
@@ -27,6 +35,47 @@ def one_thread():
 
 def test_the_zoo_holds_every_type_that_is_served():
     assert set(GenericAdapter.model_types) == set(KINDS)
+
+
+@pytest.mark.parametrize("name", zoo.unserved())
+def test_the_rest_is_refused_with_the_reason_that_the_table_gives(name):
+    sentence = zoo.refusal(name)
+    assert sentence == REFUSED[name]
+    assert sentence.count(". ") == 0
+    assert sentence.endswith(".")
+
+
+@pytest.mark.skipif(tiny.VERSION != (5, 23), reason="the table is of transformers 5.23")
+def test_the_table_has_a_row_for_every_type():
+    assert sorted(REFUSED) == zoo.unserved()
+
+
+@pytest.mark.parametrize("name", ["visionzip", "prumerge"])
+def test_encoder_statistics_are_refused(name):
+    case = zoo.make("deepseek_vl", (1,))
+    with vtoken.reduce(case.model, name, keep=0.5), pytest.raises(ValueError, match="what patch of the vision tower"):
+        case.model(**case.inputs)
+
+
+def test_cuts_behind_shared_keys_are_refused():
+    case = zoo.make("gemma3n", (1,))
+    with pytest.raises(NotImplementedError, match="layer 2 made or chose"):
+        vtoken.wrap(case.model, TestReducer(at=((3, 0.5),)))
+
+
+def test_a_text_model_is_refused():
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**tiny.text_config()))
+    with pytest.raises(TypeError, match="LlamaForCausalLM has no get_image_features"):
+        vtoken.wrap(model, "random", keep=0.5)
+
+
+def test_placeholders_without_features_are_refused():
+    case = zoo.make("deepseek_vl", (1, 1))
+    ids = case.inputs["input_ids"].clone()
+    adapter = adapter_for(case.model)
+    record = VisionRecord([16], adapter.layouts("image", {}, [16]), {})
+    with pytest.raises(NotImplementedError, match="32 placeholders in the prompt for 16 visual features"):
+        adapter.regroup(record, ids == tiny.IMAGE_ID)
 
 
 @every_family

@@ -14,14 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from oracles import ROWWISE, TOKEN_TYPES, TestReducer, masked_oracle
 from tiny import IMAGE_ID, VIDEO_ID, WIDTH, assemble, image_rows, mrope, text_config, vision_config
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vtoken.adapters import Adapter
+import vtoken
+from vtoken.adapters import Adapter, families
 from vtoken.adapters.generic import find_outer
 from vtoken.engine.tower import feature_list
 
@@ -502,6 +505,32 @@ def perception_lm(name):
     args = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64, "global_pool": ""}
     vision = {"model_type": "timm_wrapper", "architecture": "test_vit", "model_args": args, "hidden_size": 64}
     return of(name, {}, vision, vision_use_cls_token=True, projector_pooling_ratio=1), square(64, 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64}
+CHANGES = {
+    "chameleon": {"vocabulary_map": {"<image>": 3}},
+    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]]},
+    "qwen4_exp": {"text_config": {**INDEXER, "indexer_compress_ratio": 4}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+}
+"""What the usual configuration of a type lacks."""
+
+
+def unserved() -> list[str]:
+    """Image-text-to-text types of the installed transformers that no adapter names."""
+    return sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(families()))
+
+
+def refusal(name: str) -> str:
+    """The sentence with which the model of a type, of its usual size and without storage, is refused."""
+    config = CONFIG_MAPPING[name](**CHANGES.get(name, {}))
+    with torch.device("meta"):
+        model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
+    with pytest.raises(TypeError) as caught:
+        vtoken.wrap(model, "random", keep=0.5)
+    return str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------------------- oracle
