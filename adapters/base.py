@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,6 +68,10 @@ class Adapter:
                 here = (given == row).all(-1)
             out = torch.where(here, code, out)
         return out
+
+    def modality_in(self, call: Mapping[str, Any]) -> Tensor:
+        """`modality` of the arguments of a call of the outer module."""
+        return self.modality(call.get("input_ids"), call.get("inputs_embeds"))
 
     def attention(self, layer: Any) -> nn.Module:
         """The attention module of a decoder layer."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from vtoken.adapters.base import Adapter, equal_views, single_view, squarest_grid
+from vtoken.adapters.base import IMAGE, MODALITIES, VIDEO, Adapter, equal_views, single_view, squarest_grid
 from vtoken.adapters.qwen3_vl import cut_rows, follow_deepstack
 from vtoken.context import ItemLayout
 from vtoken.ops.ragged import gather, run_lengths
@@ -118,9 +118,9 @@ class GenericAdapter(Adapter):
         self.outer = find_outer(model)
         self.language_model = find_language_model(self.outer)
         self.layers = self.language_model.layers
-        self.placeholders = {code: self._placeholder(name) for name, code in {"image": 1, "video": 2}.items()}
-        if self.placeholders[1] == self.placeholders[2]:
-            self.placeholders[2] = None  # clips stand behind the placeholders of pictures
+        self.placeholders = {code: self._placeholder(name) for name, code in MODALITIES.items()}
+        if self.placeholders[IMAGE] == self.placeholders[VIDEO]:
+            self.placeholders[VIDEO] = None  # clips stand behind the placeholders of pictures
         self.pixel_keys = pixel_arguments(self.outer)
         check_decoder(model, self.language_model)
 
@@ -129,6 +129,21 @@ class GenericAdapter(Adapter):
         configs = (self.model.config, getattr(self.outer, "config", None))
         found = (getattr(config, name, None) for config in configs for name in names)
         return next((token for token in found if token is not None), None)
+
+    def modality_in(self, call: Mapping[str, Any]) -> Tensor:
+        """Also tells clips that stand behind the placeholders of pictures, by the token types where there are both."""
+        kinds = super().modality_in(call)
+        encoded = {name for name, output in (call.get("mm_encoder_outputs") or {}).items() if output is not None}
+        brought = encoded | {
+            "video" if "video" in key else "image" for key in self.pixel_keys if call.get(key) is not None
+        }
+        if VIDEO not in kinds and "video" in brought:
+            types = call.get("mm_token_type_ids")
+            clips = kinds == IMAGE
+            if "image" in brought:
+                clips = clips & (types[:, -kinds.shape[1] :] == VIDEO) if types is not None else torch.zeros_like(clips)
+            kinds = torch.where(clips, VIDEO, kinds)
+        return kinds
 
     # ------------------------------------------------------------------ decoder
     def attention(self, layer: Any) -> nn.Module:
@@ -161,9 +176,18 @@ class GenericAdapter(Adapter):
         Raises
         ------
         NotImplementedError
-            If the layers have none under a usual name: attention that is yet to come cannot be read then.
+            If attention that is yet to come cannot be read: the layers have no such norm under a usual name, or their
+            attention needs more than states and positions.
         """
         layer = next(layer for layer in self.layers if self.has_attention(layer))
+        block = self.attention(layer)
+        given = inspect.signature(block.forward).parameters.values()
+        needed = [one.name for one in given if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        if {*needed} - {"hidden_states", "position_embeddings", "attention_mask"} or hasattr(block, "indexer"):
+            raise NotImplementedError(
+                f"{type(block).__name__} needs more than states and positions, so that attention which is yet to come "
+                "cannot be read: use a reducer that reads layers which ran."
+            )
         found = next((name for name in NORMS if isinstance(getattr(layer, name, None), nn.Module)), None)
         if found is None:
             raise NotImplementedError(

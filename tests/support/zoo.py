@@ -28,6 +28,8 @@ from vtoken.adapters import Adapter, families
 from vtoken.adapters.generic import find_outer
 from vtoken.engine.tower import feature_list
 
+ROUNDED = ("nemotron_h_omni",)
+"""Types whose recurrent layers scan a prompt in chunks, which rounds otherwise than a scan in steps."""
 UNEQUAL = ("hunyuan_vl", "mistral_large4")
 """Types in which a padded batch differs from its rows without vtoken, too."""
 
@@ -535,10 +537,10 @@ def refusal(name: str) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- oracle
 @contextlib.contextmanager
-def oracle(adapter: Adapter, plan: TestReducer, visual: Tensor, real: Tensor):
+def oracle(adapter: Adapter, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None = None):
     """`masked_oracle`, in which a recurrent layer sees the rows that are left, one batch row at a time."""
     recurrent = [layer for layer in adapter.layers if not adapter.has_attention(layer)]
-    with masked_oracle(adapter.language_model, plan, visual, real) as state:
+    with masked_oracle(adapter.language_model, plan, visual, real, lengths) as state:
         for layer in recurrent:
             layer.forward = functools.partial(absent, layer.forward, state)
         try:
@@ -592,6 +594,32 @@ def make(name: str, images_per_row: tuple[int, ...] = (1,), seed: int = 0, attn:
     for types in TOKEN_TYPES & inspect.signature(model.forward).parameters.keys():
         inputs[types] = (inputs["input_ids"] == IMAGE_ID).long()
     return Case(model, inputs, pictures, images_per_row)
+
+
+SLIDERS = ("cohere_compass", "dots3_note", "exaone4_5", "gemma3n", "gemma4", "gemma4_unified", "lfm3_vl")
+SLIDERS += ("muse_glimmer", "muse_spark", "shieldgemma2", "step3p7")
+DYNAMIC = (*SLIDERS, "hyperclovax_vision_v2")
+"""Types that refuse static caches: a window that is shorter than the prompts, or positions counted by the cache."""
+CLIPS = dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), IMAGE_ID)
+CLIPS |= dict.fromkeys(("cohere_compass", "cosmos3_omni", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl"), VIDEO_ID)
+CLIPS |= dict.fromkeys(("muse_glimmer", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "video_llama_3"), VIDEO_ID)
+"""Types whose clips are tested, and the placeholder that they stand behind."""
+CLIP_TOKENS = 24
+
+
+def clips(name: str) -> Case:
+    """A batch of two prompts with a clip of three steps each, before every one of which stands text."""
+    case, generator = make(name, (1,)), torch.Generator().manual_seed(5)
+    steps = [2, torch.full((CLIP_TOKENS // 3,), CLIPS[name])] * 3
+    inputs = assemble([[n, torch.tensor([188]), *steps, torch.tensor([189]), 7] for n in (4, 2)], generator)
+    width = case.inputs["pixel_values"].shape[1]
+    inputs["pixel_values_videos"] = torch.randn(2 * 3 * 4 * 8, width, generator=generator)
+    inputs["video_grid_thw"] = torch.tensor([[3, 4, 8]] * 2)
+    if "image_merge_sizes" in case.inputs:
+        inputs["video_merge_sizes"] = torch.tensor([2, 2])
+    for types in TOKEN_TYPES & case.inputs.keys():
+        inputs[types] = 2 * (inputs["input_ids"] == CLIPS[name]).long()
+    return Case(case.model, inputs, [], (0, 0))
 
 
 def joined(pictures: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -124,8 +124,19 @@ class Forward:
         return columns_of(self.cache, 0, given.shape[1], mask)
 
     def renumbered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the language model in a decode step: its position ids go on where compact ones ended."""
+        """Arguments of the language model in a decode step: its position ids go on where compact ones ended.
+
+        Raises
+        ------
+        NotImplementedError
+            If the language model would count positions by a static cache.
+        """
         pruned = kv.pruned_of(self.cache)
+        if pruned is not None and kv.is_static(self.cache) and kwargs.get("position_ids") is None:
+            raise NotImplementedError(
+                "This model counts positions by the cache, and a pruned StaticCache does not know its logical length: "
+                "pass position_ids to forward, or use a dynamic cache."
+            )
         if pruned is None or pruned.shift is None:
             return kwargs
         position_ids, embeds = kwargs.get("position_ids"), kwargs.get("inputs_embeds")

@@ -114,7 +114,7 @@ def check_turn_window(adapter: Adapter, cache: Any, length: int) -> None:
     if not window or SLIDING not in (layer_type(adapter, i) for i in range(len(adapter.layers))):
         return
     if is_static(cache):
-        length = max(layer.max_cache_len for layer in cache.layers)
+        length = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)  # recurrent ones have none
     if length > window:
         raise NotImplementedError(
             f"This model attends in a sliding window of {window} tokens. Its meaning is kept in a first prompt "
@@ -415,13 +415,15 @@ def step_mask(cache: Cache, index: int, given: Tensor) -> Tensor:
     return torch.cat([_like(given, stored), given[..., given.shape[-1] - tail :]], -1)
 
 
-def static_step_mask(cache: Cache, index: int, given: Tensor) -> Tensor:
+def static_step_mask(cache: Cache, index: int, given: Tensor, counted: bool = False) -> Tensor:
     """`step_mask` for a static layer: what it has written, which its own counter tells, and the new token.
+
+    ``counted`` says that the layer has run in this step, so that its counter knows the new token already.
 
     Only tensors of constant shapes are used, so that a compiled step serves every prompt.
     """
     layer: Any = cache.layers[index]
-    written = torch.arange(layer.max_cache_len, device=given.device) <= layer.cumulative_length
+    written = torch.arange(layer.max_cache_len, device=given.device) <= layer.cumulative_length - int(counted)
     return _like(given, layer.pruned.buffer & written)
 
 

@@ -63,7 +63,8 @@ class Running:
             cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
             if self.work.idle and kv.pruned_of(cache) is None:
                 return None
-            if cache is not None and embeds is not None and embeds.shape[1] == 1 and needs_nothing(cache):
+            placed = kwargs.get("position_ids") is not None
+            if cache is not None and embeds is not None and embeds.shape[1] == 1 and placed and needs_nothing(cache):
                 return None  # a decode step
         return self._language_pre(args, kwargs)
 
@@ -158,13 +159,14 @@ class Running:
         if forward is not None and forward.prefill is not None:
             return self._prefill_layer(index, module, args, kwargs, forward.prefill)
         cache: Any = kwargs.get("past_key_values")
-        index = self.adapter.kv_source(index)
-        pruned = kv.pruned_of(cache, index) if cache is not None else None
+        source = self.adapter.kv_source(index)
+        pruned = kv.pruned_of(cache, source) if cache is not None else None
         if pruned is None:
             return None
         if pruned.buffer is not None and isinstance(kwargs.get("attention_mask"), Tensor):
-            return args, {**kwargs, "attention_mask": masks.static_step_mask(cache, index, kwargs["attention_mask"])}
-        return self._step_layer(index, args, kwargs, forward, pruned)
+            mask = masks.static_step_mask(cache, source, kwargs["attention_mask"], source != index)
+            return args, {**kwargs, "attention_mask": mask}
+        return self._step_layer(source, args, kwargs, forward, pruned)
 
     @torch.compiler.disable(reason=COMPILED)
     def _prefill_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict, prefill: Prefill) -> Any:
