@@ -28,6 +28,8 @@ from vtoken.adapters import Adapter, families
 from vtoken.adapters.generic import find_outer
 from vtoken.engine.tower import feature_list
 
+TIMM = ("fast_vlm", "gemma3n", "perception_lm")
+"""Types whose tower comes from timm."""
 ROUNDED = ("nemotron_h_omni",)
 """Types whose recurrent layers scan a prompt in chunks, which rounds otherwise than a scan in steps."""
 UNEQUAL = ("hunyuan_vl", "mistral_large4")
@@ -584,6 +586,8 @@ class Case:
 @functools.cache
 def make(name: str, images_per_row: tuple[int, ...] = (1,), seed: int = 0, attn: str = "sdpa") -> Case:
     """A tiny model in eval mode and inputs with ``images_per_row[b]`` images in row b."""
+    if name in TIMM:
+        pytest.importorskip("timm")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     model, picture = BUILDERS[name]()
