@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families: where things are in each of them. A family is one file with one `Adapter`."""
+"""Model families: where things are in each of them.
+
+A family is one file with one `Adapter`; what follows transformers' conventions needs none (`GenericAdapter`).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vtoken.adapters.base import Adapter
+from vtoken.adapters.generic import GenericAdapter
 from vtoken.adapters.internvl import InternVLAdapter
 from vtoken.adapters.internvl_chat import InternVLChatAdapter
 from vtoken.adapters.llava import LlavaAdapter
@@ -28,6 +32,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     InternVLAdapter,
     TilesAdapter,
     Mistral3Adapter,
+    GenericAdapter,
 )
 
 FOREIGN = (OriginalLlavaAdapter, InternVLChatAdapter)
@@ -37,7 +42,7 @@ __all__ = ["ADAPTERS", "FOREIGN", "Adapter", "adapter_for", "families"]
 
 
 def families() -> dict[str, type[Adapter]]:
-    """``config.model_type`` -> adapter."""
+    """``config.model_type`` -> adapter, of the types that are tested; any other is tried with `GenericAdapter`."""
     return {model_type: adapter for adapter in ADAPTERS for model_type in adapter.model_types}
 
 
@@ -55,8 +60,4 @@ def adapter_for(model: Any) -> Adapter:
         if adapter.serves(model):
             return adapter(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    known = families()
-    if model_type not in known:
-        what = f"of type {model_type!r} ({type(model).__name__})" if model_type else f"{type(model).__name__}"
-        raise TypeError(f"No adapter knows the model {what}: supported are {', '.join(sorted(known))}.")
-    return known[model_type](model)
+    return families().get(model_type, GenericAdapter)(model)

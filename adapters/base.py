@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -68,6 +69,10 @@ class Adapter:
             out = torch.where(here, code, out)
         return out
 
+    def modality_in(self, call: Mapping[str, Any]) -> Tensor:
+        """`modality` of the arguments of a call of the outer module."""
+        return self.modality(call.get("input_ids"), call.get("inputs_embeds"))
+
     def attention(self, layer: Any) -> nn.Module:
         """The attention module of a decoder layer."""
         return layer.self_attn
@@ -75,6 +80,10 @@ class Adapter:
     def has_attention(self, layer: Any) -> bool:
         """Whether a decoder layer attends; recurrent layers do not."""
         return hasattr(layer, "self_attn")
+
+    def kv_source(self, layer: int) -> int:
+        """Number of the decoder layer that made or chose the keys of ``layer``: its own, unless layers share them."""
+        return layer
 
     def query_projections(self, layer: Any) -> list[nn.Module]:
         """The row-wise modules of a decoder layer's attention that a row needs only if it attends itself."""
@@ -122,7 +131,15 @@ class Adapter:
         return narrow
 
     def cut_extras(self, kwargs: dict[str, Any], index: Tensor, valid: Tensor) -> dict[str, Any]:
-        """Shorten further per-token arguments of the language model's call (deepstack features)."""
+        """Shorten further per-token arguments of the language model's call (deepstack features).
+
+        Parameters
+        ----------
+        kwargs : dict
+            The arguments of the whole call; the engine shortens embeddings, masks and positions itself.
+        index, valid : Tensor
+            (B, n): the tokens that stay, and which of them are no padding; see `vtoken.ops.ragged.compact`.
+        """
         return kwargs
 
     def install(self, hooks: AdapterHooks) -> None:

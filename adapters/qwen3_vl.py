@@ -36,18 +36,22 @@ class Qwen3VLAdapter(QwenVLAdapter):
         return {**kwargs, "visual_pos_masks": mask, "deepstack_visual_embeds": embeds}
 
     def install(self, hooks: AdapterHooks) -> None:
-        """A cut between two injections: the later ones find the rows of the group at work."""
+        follow_deepstack(hooks, self.language_model)
 
-        def make(original: Callable) -> Callable:
-            def process(hidden: Tensor, mask: Tensor, embeds: Tensor) -> Tensor:
-                if (left := hooks.rows()) is not None:
-                    mask, rows = cut_rows(mask, *left)
-                    embeds = embeds[rows.to(embeds.device)]
-                return original(hidden, mask, embeds)
 
-            return process
+def follow_deepstack(hooks: AdapterHooks, language_model: Any) -> None:
+    """A cut between two injections: the later ones find the rows of the group at work."""
 
-        hooks.replace(self.language_model, "_deepstack_process", make)
+    def make(original: Callable) -> Callable:
+        def process(hidden: Tensor, mask: Tensor, embeds: Tensor) -> Tensor:
+            if (left := hooks.rows()) is not None:
+                mask, rows = cut_rows(mask, *left)
+                embeds = embeds[rows.to(embeds.device)]
+            return original(hidden, mask, embeds)
+
+        return process
+
+    hooks.replace(language_model, "_deepstack_process", make)
 
 
 def cut_rows(mask: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
 - ``families``: the adapters, and ``benchmarks/results/families.json``, what the tests show about each family
   (``pytest tests/engine tests/adapters --families-report benchmarks/results/families.json``);
 - ``families/tried``: the same file, how many cases of each kind of fault were tried;
+- ``types``: the adapters, and ``benchmarks/results/types.json``, why other types are refused (``refused_types.py``);
 - ``mini_llava``: what the first embedded model can do (``benchmarks/mini_llava.py``);
 - ``embedded``: what the others can do (``benchmarks/mini_models.py``);
 - ``again``: weights of a second training beside the shipped ones;
@@ -35,6 +36,7 @@ from speed_tables import TABLES, speed
 from tabular import markdown
 
 from vtoken.adapters import families as known_families
+from vtoken.adapters.generic import GenericAdapter
 from vtoken.cli.describe import describe
 from vtoken.eval.comparison.summary import Row, corrected, row_from
 from vtoken.eval.report.formats import SIGNIFICANT, difference_text
@@ -43,7 +45,7 @@ from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w./-]+) -->\n?).*?(<!-- /table -->)", re.S)
-FILES = ("README.md", "docs/architecture.md", "docs/findings.md", "docs/embedded-models.md")
+FILES = ("README.md", "docs/architecture.md", "docs/families.md", "docs/findings.md", "docs/embedded-models.md")
 NO_TEST = "\N{EN DASH}"
 LEGEND = (
     f"✓ tests pass, {NO_TEST} no test, refused: a test finds the sentence that refuses it. Tiny models with random "
@@ -81,9 +83,23 @@ def tried(report: dict) -> str:
     return markdown(("kind", "cases", "reducers", "cases by family"), rows, text_columns=4) + "\n"
 
 
+def types(found: dict) -> str:
+    """Every image-text-to-text type of transformers: which adapter serves it, or why none does."""
+    served = {
+        name: "by convention" if adapter is GenericAdapter else f"`adapters/{adapter.__module__.rpartition('.')[2]}.py`"
+        for name, adapter in known_families().items()
+    }
+    rows = [
+        (f"`{name}`", served.get(name, "refused"), found["refused"].get(name, ""))
+        for name in sorted(served | found["refused"])
+    ]
+    counted = f"{len(served)} of {len(rows)} types of transformers {found['transformers']} are served.\n\n"
+    return counted + markdown(("`config.model_type`", "adapter", "why not"), rows, text_columns=3)
+
+
 def evidence(tested: dict[str, dict]) -> str:
-    """Families x features: the types that the adapters serve, then what was tested besides."""
-    known = known_families()
+    """Families x features: the types with an adapter of their own, then what was tested besides."""
+    known = [name for name, adapter in known_families().items() if adapter is not GenericAdapter]
     names = [*known, *(name for name in tested if name not in known)]
     columns = runpy.run_path(str(ROOT / "tests" / "support" / "features.py"))["FEATURES"]
     features = [name for name in columns if any(name in found for found in tested.values())]
@@ -188,6 +204,8 @@ def table(name: str, results: Path) -> str:
     data = json.loads(path.read_text())
     if file == "families":
         return tried(data) if part == "tried" else families(data)
+    if name == "types":
+        return types(data)
     if "conditions" in data:
         return mini(data["conditions"])
     if part == "note":

@@ -66,6 +66,8 @@ PLANS = {
 
 
 def language_model(model: nn.Module) -> nn.Module:
+    if hasattr(model, "layers"):
+        return model
     return getattr(model.model, "language_model", None) or model.model.text_model
 
 
@@ -96,7 +98,10 @@ def runs_of(visual: Tensor, lengths: list[int] | None = None) -> list[list[Tenso
 
 @contextlib.contextmanager
 def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None = None):
-    """The stock model on the full sequence, with dropped keys hidden by an explicit 4-D mask in every layer."""
+    """The stock model on the full sequence, with dropped keys hidden by an explicit 4-D mask where layers attend.
+
+    Gives a dictionary whose ``"valid"`` (B, S) is what the layer at work sees, for layers that attend to nothing.
+    """
     cuts = dict(plan.at)
     length = visual.shape[1]
     state = {"now": real}
@@ -113,13 +118,18 @@ def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Ten
 
     def hook(index: int, module: nn.Module, args: tuple, kwargs: dict):
         hidden = args[0]
+        if hidden.dim() == 4:  # residual streams
+            hidden = hidden.permute(1, 2, 0, 3).flatten(2)
         if index == 0:
-            state["now"] = real if plan.before is None else choose(hidden[:, :length], plan.before, real)
+            state["now"] = real if plan.before is None else choose(state["embeds"][:, :length], plan.before, real)
         if index in cuts:
             state["now"] = choose(hidden[:, :length], cuts[index], state["now"])
         total = hidden.shape[1]
         valid = torch.cat([state["now"], state["now"].new_ones(len(hidden), total - length)], 1)
+        state["valid"] = valid
         base = kwargs.get("attention_mask")
+        if base is not None and base.dim() == 2:  # a recurrent layer
+            return args, kwargs
         if base is None:
             base = torch.ones(total, total).tril().bool()[None, None]
         if base.dtype != torch.bool:
@@ -128,15 +138,22 @@ def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Ten
         mask = torch.zeros(allow.shape, dtype=hidden.dtype).masked_fill(~allow, torch.finfo(hidden.dtype).min)
         return args, {**kwargs, "attention_mask": mask}
 
-    layers = language_model(model).layers
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        state["embeds"] = kwargs["inputs_embeds"]
+
+    language = language_model(model)
+    layers = language.layers
     handles = [
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs, index=index: hook(index, module, args, kwargs), with_kwargs=True
-        )
-        for index, layer in enumerate(layers)
+        language.register_forward_pre_hook(note, with_kwargs=True),
+        *(
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs, index=index: hook(index, module, args, kwargs), with_kwargs=True
+            )
+            for index, layer in enumerate(layers)
+        ),
     ]
     try:
-        yield
+        yield state
     finally:
         for handle in handles:
             handle.remove()

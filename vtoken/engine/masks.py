@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 
     from vtoken.adapters.base import Adapter
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of layers
 def layer_type(adapter: Adapter, layer: int) -> str:
     """``"full_attention"``, ``"sliding_attention"``, ``"linear_attention"`` ..."""
+    if not adapter.has_attention(adapter.layers[layer]):  # configurations have many names for what is recurrent
+        return LINEAR
     config = adapter.language_model.config
     if types := getattr(config, "layer_types", None):
         return types[layer]
@@ -41,6 +43,12 @@ def layer_type(adapter: Adapter, layer: int) -> str:
         return FULL
     code = vars(sys.modules[type(adapter.language_model).__module__])  # Llama's config may name a window it never uses
     return SLIDING if create_sliding_window_causal_mask.__name__ in code else FULL
+
+
+def mask_name(adapter: Adapter, layer: int) -> str:
+    """Name under which the language model looks up the mask of a layer, where it has several by kind."""
+    types = getattr(adapter.language_model.config, "layer_types", None)
+    return types[layer] if types else layer_type(adapter, layer)
 
 
 def is_flash(adapter: Adapter) -> bool:
@@ -106,7 +114,7 @@ def check_turn_window(adapter: Adapter, cache: Any, length: int) -> None:
     if not window or SLIDING not in (layer_type(adapter, i) for i in range(len(adapter.layers))):
         return
     if is_static(cache):
-        length = max(layer.max_cache_len for layer in cache.layers)
+        length = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)  # recurrent ones have none
     if length > window:
         raise NotImplementedError(
             f"This model attends in a sliding window of {window} tokens. Its meaning is kept in a first prompt "
@@ -279,6 +287,8 @@ def build_mask(
         return None if new is None or bool(new.all()) else new
     make: Any = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
     cache, kwargs = one_layer(cache, layer), dict[str, Any](inputs_embeds=hidden)
+    if kind not in (FULL, SLIDING):  # an indexer, say, looks at the mask itself
+        kwargs["allow_is_causal_skip"] = False
     if "cache_position" in inspect.signature(make).parameters:  # an argument before transformers 5.10
         past = cache.get_seq_length() if cache is not None else 0
         kwargs["cache_position"] = torch.arange(hidden.shape[1], device=hidden.device) + past
@@ -405,13 +415,15 @@ def step_mask(cache: Cache, index: int, given: Tensor) -> Tensor:
     return torch.cat([_like(given, stored), given[..., given.shape[-1] - tail :]], -1)
 
 
-def static_step_mask(cache: Cache, index: int, given: Tensor) -> Tensor:
+def static_step_mask(cache: Cache, index: int, given: Tensor, counted: bool = False) -> Tensor:
     """`step_mask` for a static layer: what it has written, which its own counter tells, and the new token.
+
+    ``counted`` says that the layer has run in this step, so that its counter knows the new token already.
 
     Only tensors of constant shapes are used, so that a compiled step serves every prompt.
     """
     layer: Any = cache.layers[index]
-    written = torch.arange(layer.max_cache_len, device=given.device) <= layer.cumulative_length
+    written = torch.arange(layer.max_cache_len, device=given.device) <= layer.cumulative_length - int(counted)
     return _like(given, layer.pruned.buffer & written)
 
 
@@ -493,8 +505,9 @@ class Visibility:
                 return gather_mask(mask, index, valid, start)
             if mask is None and kind:  # prepared by generate() or the outer model: the language model will not look
                 layers = range(len(self.adapter.layers))
-                layer = next(i for i in layers if layer_type(self.adapter, i) == kind)
-                return None if bool(columns.all()) else build_mask(self.adapter, layer, short, columns, self.cache)
+                layer = next(i for i in layers if mask_name(self.adapter, i) == kind)
+                skip = bool(columns.all()) and layer_type(self.adapter, layer) in (FULL, SLIDING, LINEAR)
+                return None if skip else build_mask(self.adapter, layer, short, columns, self.cache)
             return columns
 
         if isinstance(whole, Mapping):
@@ -566,7 +579,7 @@ class Visibility:
         if not packed and exceeded_window(self.adapter, 0, length) is None:
             return self.given
         if self._whole is None:
-            layers = {layer_type(self.adapter, i): i for i in reversed(range(len(self.adapter.layers)))}
+            layers = {mask_name(self.adapter, i): i for i in reversed(range(len(self.adapter.layers)))}
             columns = None if packed else self.columns(0, self.real)
             ids = text_positions(self.position_ids) if packed else None
             masks = {k: build_mask(self.adapter, i, embeds, columns, self.cache, ids) for k, i in layers.items()}

@@ -173,7 +173,7 @@ class Opening:
         return forward
 
     def _note_pictures(self, forward: Forward, call: dict[str, Any]) -> None:
-        kinds = self.adapter.modality(call.get("input_ids"), call.get("inputs_embeds"))
+        kinds = self.adapter.modality_in(call)
         if not bool((kinds > 0).any()):
             return
         forward.kinds = kinds

@@ -53,8 +53,19 @@ def renumbered(prompt: Prompt, kept: Tensor, position_ids: Tensor | None, past: 
 
 
 def gone_on(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the language model in a step: its position ids go on where compact ones ended."""
+    """Arguments of the language model in a step: its position ids go on where compact ones ended.
+
+    Raises
+    ------
+    NotImplementedError
+        If the language model would count positions by a static cache.
+    """
     cache: Any = kwargs.get("past_key_values")
+    if kv.is_static(cache) and kwargs.get("position_ids") is None and kv.pruned_of(cache) is not None:
+        raise NotImplementedError(
+            "This model counts positions by the cache, and a pruned StaticCache does not know its logical length: "
+            "pass position_ids to forward, or use a dynamic cache."
+        )
     if (shift := shift_of(cache)) is None:
         return kwargs
     embeds = kwargs.get("inputs_embeds")

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
 
 
+_OWN = ("attention_mask", "position_embeddings", "position_ids", "past_key_values")
+"""Arguments of a layer that `Prefill.layer_kwargs` treats each in its own way."""
+
+
 class Prefill:
     """The state of one forward pass that brings new visual tokens.
 
@@ -105,14 +109,13 @@ class Prefill:
         self.groups = (self.group.taken(0, index, valid, self.prompt, first=True),)  # no layer has run: replaced
         position_ids = given_or_counted(kwargs.get("position_ids"), self.past, self.length, index.device)
         embeds = gather(kwargs["inputs_embeds"], index)
-        kwargs = {
-            **kwargs,
+        return {
+            **self.adapter.cut_extras(kwargs, index, valid),
             "inputs_embeds": embeds,
             "position_ids": gather(position_ids, index, dim=position_ids.dim() - 1, batch=position_ids.dim() - 2),
             "attention_mask": self.visibility.after_drop(index, valid, full, embeds),
             **self.visibility.varlen(index, valid),
         }
-        return self.adapter.cut_extras(kwargs, index, valid)
 
     # ------------------------------------------------------------------ at a decoder layer
     def show(self, layer: int, hidden: Tensor, module: nn.Module | None, kwargs: dict[str, Any]) -> VisualContext:
@@ -187,20 +190,39 @@ class Prefill:
     def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Mask, rotary tables and position ids of the group that the layer works on."""
         if len(self.groups) == 1:
-            if self.moved and kwargs.get("position_ids") is not None:
-                # layers use them only to detect packed sequences, which gaps are not (flash attention)
+            if self.moved and kwargs.get("position_ids") is not None and self.visibility.flash:
+                # used to detect packed sequences, which gaps are not
                 return {**kwargs, "position_ids": None}
             return kwargs
         group, given = self.group.to(hidden.device), kwargs.get("attention_mask")
+        if not self.hide:
+            kwargs = {name: value if name in _OWN else self.rows_left(value) for name, value in kwargs.items()}
         kind = layer_type(self.adapter, layer)
         if (key := (len(self.groups), kind)) not in self.masks:
             self.masks[key] = self.visibility.of_layer(layer, given, group.valid, group.relative, hidden, self.hide)
         kwargs = {**kwargs, "attention_mask": self.masks[key]}
         if not self.hide:
-            tables = table_rows(kwargs["position_embeddings"], None, group.relative)
-            kwargs.update(position_embeddings=tables, position_ids=None)
+            if "position_embeddings" in kwargs:
+                kwargs["position_embeddings"] = table_rows(kwargs["position_embeddings"], None, group.relative)
+            if (ids := kwargs.get("position_ids")) is not None:
+                short = functools.partial(gather, dim=ids.dim() - 1, batch=ids.dim() - 2)
+                kwargs["position_ids"] = None if self.visibility.flash else short(ids, group.relative)
             kwargs.update(self.visibility.varlen(group.index, group.valid))
         return kwargs
+
+    def rows_left(self, value: Any) -> Any:
+        """An argument of a layer for the group at work: a tensor with a row per token (B or 1, S, ...) is shortened."""
+        rows, length = self.groups[0].index.shape
+        if self.hide or len(self.groups) == 1:
+            return value
+        if isinstance(value, tuple | list):
+            return type(value)(self.rows_left(part) for part in value)
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        if value.shape[0] not in (1, rows) or value.shape[1] != length:
+            return value
+        short = gather(value, self.group.relative)
+        return short & self.group.valid.to(short.device) if value.dtype == torch.bool and value.dim() == 2 else short
 
     def documents_of(self, group: Group) -> Tensor | None:
         """(B, n): document of each token of a group, None where rows are not packed."""

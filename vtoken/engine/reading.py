@@ -225,6 +225,8 @@ def table_rows(tables: Any, view: View | None, index: Tensor) -> Any:
     index : Tensor
         (P, m) or (B, n): places in them.
     """
+    if tables is None:  # a layer without positions
+        return None
     if not isinstance(tables, Tensor):
         return tuple(table_rows(table, view, index) for table in tables)
     batch = tables.dim() - 3

@@ -65,7 +65,8 @@ class Running:
             cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
             if self.work.idle and kv.pruned_of(cache) is None:
                 return None
-            if cache is not None and embeds is not None and embeds.shape[1] == 1 and needs_nothing(cache):
+            placed = kwargs.get("position_ids") is not None
+            if cache is not None and embeds is not None and embeds.shape[1] == 1 and placed and needs_nothing(cache):
                 return None  # a decode step
         return self._language_pre(args, kwargs)
 
@@ -163,7 +164,9 @@ class Running:
 
     @torch.compiler.disable(reason=COMPILED)
     def _prefill_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict, prefill: Prefill) -> Any:
-        hidden = args[0]
+        hidden, streams = args[0], len(args[0])
+        if several := hidden.dim() == 4:  # residual streams (A, B, n, D), side by side for the reducer
+            hidden = hidden.permute(1, 2, 0, 3).flatten(2)
         if index in self.work.layers and prefill.has_visual:
             self._check_checkpointing(module)
             started = time.perf_counter()
@@ -173,7 +176,11 @@ class Running:
             stats: Any = self.session.stats
             stats.add_group(index, prefill.left, cut)
             stats.selection_seconds += time.perf_counter() - started
-        return (hidden, *args[1:]), prefill.layer_kwargs(index, hidden, kwargs)
+        rest = [prefill.rows_left(value) for value in args[1:]]
+        kwargs = prefill.layer_kwargs(index, hidden, kwargs)
+        if several:
+            hidden = hidden.unflatten(2, (streams, -1)).permute(2, 0, 1, 3)
+        return (hidden, *rest), kwargs
 
     @staticmethod
     def _check_checkpointing(module: nn.Module) -> None:

@@ -23,14 +23,16 @@ def step_kwargs(
     Traced by torch.compile where the cache is static: then only tensors of constant shapes are touched.
     """
     cache: Any = kwargs.get("past_key_values")
-    pruned = kv.pruned_of(cache, index) if cache is not None else None
+    source = adapter.kv_source(index)
+    pruned = kv.pruned_of(cache, source) if cache is not None else None
     if pruned is None:
         return None
     given = kwargs.get("attention_mask")
     if pruned.buffer is not None and isinstance(given, Tensor):
-        return args, {**kwargs, "attention_mask": masks.static_step_mask(cache, index, given)}
+        return args, {**kwargs, "attention_mask": masks.static_step_mask(cache, source, given, source != index)}
     first: Any = kv.pruned_of(cache)
-    query = args[0].shape[1]
+    hidden = args[0] if args[0].dim() == 3 else args[0][0]  # one of several residual streams
+    query = hidden.shape[1]
     sliding = kind == masks.SLIDING and pruned.buffer is None and query == 1
     if pruned.group == first.group and not sliding:
         return None  # the model builds the mask of the first layer itself
@@ -39,10 +41,10 @@ def step_kwargs(
     if key not in memo:
         prepared = isinstance(given, Tensor) or (given is None and pruned.full)
         if query == 1 and kind == masks.FULL and prepared and pruned.buffer is None:
-            memo[key] = None if given is None else masks.step_mask(cache, index, given)
+            memo[key] = None if given is None else masks.step_mask(cache, source, given)
         else:
             window = adapter.language_model.config.sliding_window if sliding else None
-            columns = masks.columns_of(cache, index, query, None if forward is None else forward.mask2d, window)
+            columns = masks.columns_of(cache, source, query, None if forward is None else forward.mask2d, window)
             nothing = columns is None and given is None
-            memo[key] = None if nothing else masks.build_mask(adapter, index, args[0], columns, cache)
+            memo[key] = None if nothing else masks.build_mask(adapter, source, hidden, columns, cache)
     return None if memo[key] is given else (args, {**kwargs, "attention_mask": memo[key]})

@@ -135,6 +135,8 @@ def record_of(output: Any) -> VisionRecord | None:
 def feature_list(output: Any) -> list[Tensor]:
     """The per-item features (N_i, D) of a ``get_image_features`` output, whatever the transformers version."""
     features = getattr(output, "pooler_output", output)
+    if features is None:  # a model without a projector of its own
+        features = output.last_hidden_state
     if isinstance(features, Tensor) and features.dim() == 2:
         return [features]
     return [item.reshape(-1, item.shape[-1]) for item in features]

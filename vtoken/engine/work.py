@@ -73,6 +73,13 @@ class Work:
         for layer in {*layers - {depth}, *taps, *light}:
             if not 0 <= layer < depth:
                 raise ValueError(f"Reducer {reducer.name!r} wants layer {layer}, but the decoder has {depth} layers.")
+        sources = [adapter.kv_source(layer) for layer in range(depth)]
+        last = min((source for layer, source in enumerate(sources) if source != layer), default=depth)
+        if (late := max(layers - {depth}, default=0)) > last:
+            raise NotImplementedError(
+                f"Reducer {reducer.name!r} drops tokens before layer {late}, but later layers reuse the keys that "
+                f"layer {last} made or chose, with them: drop before layer {last} at the latest, or before the decoder."
+            )
         for layer in taps:
             if not adapter.has_attention(adapter.layers[layer]):
                 raise NotImplementedError(
