@@ -508,8 +508,16 @@ class Visibility:
                 "backend='mask' hides tokens by a mask, which flash attention does not take for packed rows: use "
                 "backend='drop', or attn_implementation='sdpa'."
             )
-        columns = self.columns(0, keep)
-        return hide_columns(self._prepared(full), columns, columns)
+        columns, whole = self.columns(0, keep), self._prepared(full)
+        if not isinstance(whole, Mapping):
+            return hide_columns(whole, columns, columns)
+        layers = {layer_type(self.adapter, i): i for i in reversed(range(len(self.adapter.layers)))}
+        return {
+            kind: hide_columns(mask, columns, None)
+            if is_prepared(mask)  # None: what transformers left out, as it was causal and nothing else
+            else build_mask(self.adapter, layers[kind], full, columns, self.cache)
+            for kind, mask in whole.items()
+        }
 
     def of_layer(self, layer: int, given: Any, valid: Tensor, relative: Tensor, hidden: Tensor, hide: bool) -> Any:
         """The mask of a layer behind a cut inside of the decoder.
