@@ -38,7 +38,7 @@ from transformers import StaticCache
 import vtoken
 
 REWRITES = (
-    "aim downsample ima pooled prumerge sparsevlm tokencorr tome tower-prune visionzip yopo".split()  # noqa: SIM905
+    "aim apet downsample ima pooled prumerge sparsevlm tokencorr tome tower-prune visionzip yopo".split()  # noqa: SIM905
 )
 """Reducers that change states of the tokens they keep, or compute less for them: hiding alone does not give theirs."""
 BATCHES = {"alone": (1,), "ragged": (1, 2)}
