@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from vtoken.engine.cache import is_static, logical_length, one_layer, pruned_of, stored_length
@@ -105,7 +106,7 @@ def check_turn_window(adapter: Adapter, cache: Any, length: int) -> None:
         If a further prompt, or a static cache, exceeds the window.
     """
     if is_static(cache):
-        length = max(layer.max_cache_len for layer in cache.layers)
+        length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
     if (window := exceeded_window(adapter, 0, length)) is not None:
         raise NotImplementedError(
             f"This model attends in a sliding window of {window} tokens. Its meaning is kept in a first prompt "
