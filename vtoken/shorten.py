@@ -20,8 +20,7 @@ from vtoken.adapters import Adapter, adapter_for
 from vtoken.adapters.base import MODALITIES
 from vtoken.context import Cut
 from vtoken.engine.encode import encode, real_tokens
-from vtoken.engine.masks import Visibility
-from vtoken.engine.prefill import Prefill
+from vtoken.engine.group import Group
 from vtoken.engine.prompt import Prompt, place
 from vtoken.engine.tower import VisionReader, VisionRecord, feature_list
 from vtoken.engine.work import Work
@@ -95,14 +94,14 @@ def _choose(
 ) -> tuple[Tensor, Tensor]:
     """Tokens (B, S) that stay, and the embeddings (B, S, D) with what was merged into them."""
     prompt = Prompt.of(place(adapter, kinds, records, real, reducer.encoder_reads()), real, None, None)
-    visibility = Visibility(adapter, {}, None, real, None, 0)
-    prefill = Prefill(adapter, prompt, visibility, embeds, reducer.newlines, False)
+    group = Group.whole(prompt)
+    ctx = prompt.context(embeds, group.view, adapter, reducer.newlines)
     cut = None
     if not work.idle:
         with without_autocast(embeds.device):
-            cut = reducer.before_llm(prefill.context)
-    cut = Cut(prefill.context.valid) if cut is None else cut
-    return prefill.group.stays(prefill.context.kept(cut)), prefill.group.rewritten(embeds, cut)
+            cut = reducer.before_llm(ctx)
+    cut = Cut(ctx.valid) if cut is None else cut
+    return group.stays(ctx.kept(cut)), group.rewritten(embeds, cut)
 
 
 def _check(model: nn.Module, adapter: Adapter, reducer: Reducer) -> None:

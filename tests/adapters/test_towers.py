@@ -14,13 +14,13 @@ import flash
 import pytest
 import tiny
 import torch
-from oracles import alone, built, eager_encoder, generate
+from oracles import Look, alone, built, eager_encoder, generate
 from torch import nn
 
 import vtoken
 from vtoken.adapters import adapter_for, towers
 from vtoken.encoder import EncoderRead, separated
-from vtoken.reducers.base import KeepReducer, Reducer
+from vtoken.reducers.base import KeepReducer
 
 CASES = [(tower, strategy) for tower in tiny.TOWERS for strategy in ("default", "full")]
 CASES.remove(("pixtral", "default"))  # the model itself fails: it drops one token of all pictures together
@@ -28,23 +28,6 @@ every_case = pytest.mark.parametrize(("tower", "strategy"), CASES)
 SQUARE = [case for case in CASES if case[0] not in ("pixtral", "siglip2")]
 every_square_case = pytest.mark.parametrize(("tower", "strategy"), SQUARE)
 PIXELS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_sizes")
-
-
-@dataclass(frozen=True)
-class Look(Reducer):
-    """Records what it is shown, cuts nothing."""
-
-    name = "look"
-    reads: tuple = ()
-
-    def __post_init__(self):
-        object.__setattr__(self, "seen", {})
-
-    def encoder_reads(self):
-        return self.reads
-
-    def before_llm(self, ctx):
-        self.seen["ctx"] = ctx
 
 
 def run(model, inputs):

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import pytest
 import tiny
 import torch
-from caches import model_of, new_cache, outcome, pairs, prefill, prompt_of, sequence_of, text, turn
+from caches import model_of, new_cache, outcome, prefill, prompt_of, sequence_of, text, turn
+from cases import FEW, pairs
 from oracles import PLANS, TestReducer, built, generate, language_model
 
 import vtoken
 
-FEW = ["uniform", "fastv", "pyramiddrop", "todre", "tome", "yopo"]
 CASES = list(dict.fromkeys([*pairs(("llava",)), *pairs(tiny.CORE, FEW)]))
 SENTENCE = "Two threads are running one wrapped model"
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import vtoken
 from vtoken import ops
 from vtoken.context import Cut
-from vtoken.encoder import STATISTICS, read_calls
+from vtoken.encoder import STATISTICS, TowerCall, read_calls
 from vtoken.reducers.base import Reducer
 
 
@@ -83,7 +83,7 @@ def test_picks_are_those_of_float32(name):
 @pytest.mark.parametrize("what", STATISTICS)
 def test_statistics_are_those_of_float32(what):
     query, key = torch.randn(2, 2, 4, 17, 8, generator=torch.Generator().manual_seed(0))
-    (expected,) = read_calls(what, [(query, key, 0.3)], 1)
+    (expected,) = read_calls(what, [TowerCall(query, key, 0.3)], 1)
     with halved():
-        (found,) = read_calls(what, [(query, key, 0.3)], 1)
+        (found,) = read_calls(what, [TowerCall(query, key, 0.3)], 1)
     assert_close(found, expected, rtol=0, atol=0)

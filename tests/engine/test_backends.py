@@ -22,7 +22,6 @@ from transformers import CompileConfig
 import vtoken
 from vtoken.reducers.base import Reducer
 
-FEW = ["uniform", "fastv", "pyramiddrop", "todre", "tome"]
 SENTENCE = r"(?s)vtoken.*\."
 
 

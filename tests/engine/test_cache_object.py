@@ -17,12 +17,10 @@ import pytest
 import tiny
 import torch
 from caches import (
-    explicit_masks,
     hidden_reference,
     model_of,
     new_cache,
     outcome,
-    pairs,
     prefill,
     prompt_of,
     refusal,
@@ -32,18 +30,13 @@ from caches import (
     turn,
     wrapped,
 )
-from oracles import ROWWISE, TOLERANCE, built, generate, visual_and_real
+from cases import FEW, REWRITING, pairs
+from oracles import ROWWISE, TOLERANCE, built, explicit_masks, generate, visual_and_real
 from transformers import StaticCache
 
 import vtoken
 
-REWRITES = (
-    "aim downsample ima pooled prumerge sparsevlm tokencorr tome tower-prune visionzip yopo".split()  # noqa: SIM905
-)
-"""Reducers that change states of the tokens they keep, or compute less for them: hiding alone does not give theirs."""
 BATCHES = {"alone": (1,), "ragged": (1, 2)}
-FEW = ["uniform", "fastv", "pyramiddrop", "todre", "tome", "yopo"]
-"""One reducer for each place at which something happens, where that decides."""
 every_case = pytest.mark.parametrize(("family", "name"), pairs())
 UNCHANGED = [(family, None) for family in tiny.CORE]
 """The unwrapped model in place of a wrapped one: what shows that a test and its oracle are right."""
@@ -110,7 +103,7 @@ def hidden_by_mask(family, name, batch, length):
 def after_a_crop(run, length, generated, kept):
     """What the turn behind a crop to ``length`` has to be, outside of ``run``."""
     before = lengths_of(run.inputs)["before"]
-    if run.name in REWRITES and length > before:
+    if run.name in REWRITING and length > before:
         batch = next(name for name, rows in BATCHES.items() if len(rows) == run.rows)
         return hidden_by_mask(run.family, run.name, batch, length)
     return hidden_reference(run.model, run.inputs, kept, generated, length, text(run.rows))
@@ -154,7 +147,7 @@ def test_crop_step_by_step(family, name):
             cache.crop(-text(run.rows).shape[1])
     assert not wrong
     for target, logits in zip(targets, found, strict=True):
-        if name in REWRITES and target >= size:
+        if name in REWRITING and target >= size:
             continue  # compared with a fresh cache in the next test
         close(logits, after_a_crop(run, target, generated, kept))
 

@@ -12,10 +12,10 @@ import contextlib
 import pytest
 import tiny
 import torch
+from cases import REWRITING
 from kinds import (
     CASES,
     QWEN,
-    REWRITING,
     SUPPRESSED,
     decode,
     every_case,

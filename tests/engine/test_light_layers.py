@@ -15,6 +15,7 @@ from oracles import TOLERANCE, alone, extended, generate, language_model, visual
 from transformers import CompileConfig
 
 import vtoken
+from vtoken.engine import masks
 from vtoken.engine.light import plan
 from vtoken.engine.light.attention import LightAttention
 from vtoken.light import LightLayer
@@ -240,7 +241,10 @@ def test_a_window_costs_operations_by_its_size_and_not_by_the_picture():
         here = torch.ones(1, side**2, dtype=torch.bool)
         flat = torch.zeros(1, side**2, dtype=torch.long)
         rows, columns = (axis[None] for axis in cells.unbind(1))
-        see = plan.visible_keys(torch.nn.Identity(), None, side**2, side**2, {})
+
+        def see(rows, shape=(side**2, side**2)):
+            return masks.rows_seen(None, rows, shape, True)[:, 0]
+
         found = plan.BandPlan.of(here, (flat, rows, columns), 5, see)
         counts[side] = found.seen.numel()
         wanted = (cells[:, None] - cells[None]).abs().amax(-1) <= 2

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
 
 import foreign
 import pytest
 import tiny
 import torch
-from oracles import GREEDY, TOLERANCE, alone, extended, generate
+from oracles import GREEDY, TOLERANCE, Look, alone, extended, generate
 
 import vtoken
 from vtoken.adapters import adapter_for
@@ -193,21 +192,6 @@ def test_a_chain_counts_original_tokens_and_chooses_from_what_the_tower_kept():
     assert not (stats.kept[0][1] & ~survivors).any()
     assert [image.tokens for image in stats.images] == [52, 56, 56], "as without a cut inside the tower"
     assert torch.equal(stats.from_tower, survivors.sum(1))
-
-
-@dataclass(frozen=True)
-class Look(vtoken.Reducer):
-    name = "look"
-    reads: tuple = ()
-
-    def __post_init__(self):
-        object.__setattr__(self, "seen", {})
-
-    def encoder_reads(self):
-        return self.reads
-
-    def before_llm(self, ctx):
-        self.seen["ctx"] = ctx
 
 
 @pytest.mark.parametrize("what", ["received", "keys"])

@@ -12,7 +12,8 @@ import functools
 import pytest
 import tiny
 import torch
-from caches import model_of, outcome, pairs, prompt_of
+from caches import model_of, outcome, prompt_of
+from cases import pairs
 from oracles import alone, built, visual_and_real
 
 import vtoken

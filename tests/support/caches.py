@@ -14,27 +14,11 @@ from typing import NamedTuple
 
 import tiny
 import torch
-from oracles import TOKEN_TYPES, built, language_model, positions, runs_of, visual_and_real
+from oracles import TOKEN_TYPES, built, explicit_masks, kept_columns, positions, visual_and_real
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 import vtoken
-
-VIEWS = {"llava_next", "llava_onevision", "internvl", "gemma3", "qwen3_vl", "qwen3_vl_moe"}
-REFUSED = {
-    "downsample": VIEWS,  # pictures that cannot be encoded smaller
-    "globalcom2": {"llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3"},  # towers without [CLS]
-    "tower-prune": {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"},  # towers in which nothing can be dropped
-    "zooprune": {"gemma3"},
-    "yopo": {"qwen3_vl_moe"},
-}
-"""Reducers that say in a sentence that they cannot serve a family; other tests look at the sentences."""
-
-
-def pairs(families=tiny.CORE, reducers=None) -> list[tuple[str, str]]:
-    """(family, reducer) for all registered reducers that serve the family."""
-    names = vtoken.list_reducers() if reducers is None else reducers
-    return [(family, name) for family in families for name in names if family not in REFUSED.get(name, ())]
 
 
 @functools.cache
@@ -125,40 +109,6 @@ def steps(model: nn.Module, past: Sequence, cache, ids: Tensor) -> Sequence:
     for token in ids.split(1, 1):
         _, past = turn(model, past, cache, token)
     return past
-
-
-def kept_columns(visual: Tensor, real: Tensor, kept: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
-    """(first layer, (B, S) bool of columns that are there from it on), from `vtoken.Stats.kept`."""
-    out = []
-    for layer, found in kept:
-        here, item = real & ~visual, 0
-        for row, runs in enumerate(runs_of(visual)):
-            for run in runs:
-                here[row, run] = found[item, : len(run)]
-                item += 1
-        assert item == len(found)
-        out.append((layer, here))
-    return out
-
-
-@contextlib.contextmanager
-def explicit_masks(model: nn.Module, allowed):
-    """The decoder layers see ``allowed(layer)`` (B, Q, K) bool instead of the mask that the model made."""
-
-    def hook(index, module, args, kwargs):
-        allow = allowed(index)[:, None]
-        mask = torch.zeros(allow.shape).masked_fill(~allow, torch.finfo(torch.float32).min)
-        return args, {**kwargs, "attention_mask": mask}
-
-    handles = [
-        layer.register_forward_pre_hook(functools.partial(hook, index), with_kwargs=True)
-        for index, layer in enumerate(language_model(model).layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hidden_reference(model: nn.Module, inputs: dict[str, Tensor], kept, generated: Tensor, length: int, ids: Tensor):

@@ -6,33 +6,20 @@ It knows the public API only, and nothing of how the library decides or drops.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import pytest
 import tiny
 import torch
-from oracles import ROWWISE, alone, built, language_model, positions, runs_of
+from cases import pairs
+from oracles import ROWWISE, alone, built, explicit_masks, kept_columns, positions, runs_of
 from torch import Tensor, nn
 
 import vtoken
 
 KEEP = 0.5
-REDUCERS = vtoken.list_reducers()
 QWEN = {"qwen2_5_vl", "qwen3_vl"}
-REFUSED = {
-    "globalcom2": {*QWEN, "llava_onevision"},  # needs a [CLS] token
-    "tower-prune": QWEN,  # no patches can be dropped inside of a tower that merges
-    "downsample": {*tiny.CORE} - {"llava", "qwen2_5_vl"},  # needs a tower that takes any resolution
-}
-"""Families that a reducer refuses with a sentence, which other tests look at."""
-CASES = [(family, name) for family in tiny.CORE for name in REDUCERS if family not in REFUSED.get(name, ())]
-REWRITING = {
-    *("aim", "apet", "pooled", "prumerge", "sparsevlm", "tokencorr", "tome", "visionzip"),  # merge
-    *("downsample", "tower-prune"),  # encode the picture in another way
-    *("ima", "yopo"),  # leave out a part of the layers' work
-}
-"""Reducers that do more than drop: what is left is not the stock model with tokens hidden."""
+CASES = pairs()
 
 every_case = pytest.mark.parametrize(("family", "name"), CASES)
 every_family = pytest.mark.parametrize("family", tiny.CORE)
@@ -77,13 +64,8 @@ def placed(inputs: dict[str, Tensor]) -> list[tuple[int, Tensor]]:
 
 def kept_positions(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[int, Tensor]]:
     """(first layer, (B, S) bool) of ``vtoken.stats``: text, and visual tokens that are there from the layer on."""
-    out, pictures = [], placed(inputs)
-    for layer, kept in vtoken.stats(model).kept:
-        there = inputs["input_ids"] != tiny.IMAGE_ID
-        for item, (row, places) in enumerate(pictures):
-            there[row, places] = kept[item, : len(places)].to(there.device)
-        out.append((layer, there))
-    return out
+    visual = inputs["input_ids"] == tiny.IMAGE_ID
+    return kept_columns(visual, torch.ones_like(visual), vtoken.stats(model).kept)
 
 
 def left(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -93,27 +75,16 @@ def left(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return there if mask is None else there & mask.bool()
 
 
-@contextlib.contextmanager
 def hiding(model: nn.Module, kept: list[tuple[int, Tensor]], real: Tensor):
     """The stock model, in which each layer sees only the keys that ``kept`` says are there, by explicit masks."""
     length = real.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
 
-    def replace(layer: int, args: tuple, kwargs: dict):
+    def allowed(layer: int) -> Tensor:
         there = [mask for first, mask in kept if first <= layer][-1] & real
-        sees = causal & there[:, None, :] | torch.eye(length, dtype=torch.bool)
-        mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
-        return args, {**kwargs, "attention_mask": mask}
+        return causal & there[:, None, :] | torch.eye(length, dtype=torch.bool)
 
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: replace(i, args, kwargs), with_kwargs=True)
-        for i, layer in enumerate(language_model(model).layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return explicit_masks(model, allowed)
 
 
 def with_pictures(inputs: dict[str, Tensor], counts: tuple[int, ...], chosen: list[int]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from dataclasses import dataclass
 
@@ -94,6 +95,40 @@ def runs_of(visual: Tensor, lengths: list[int] | None = None) -> list[list[Tenso
             gaps = torch.tensor(taken).cumsum(0)[:-1]
         out.append(list(places.tensor_split(gaps.tolist())) if len(places) else [])
     return out
+
+
+def kept_columns(visual: Tensor, real: Tensor, kept: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """(first layer, (B, S) bool of columns that are there from it on), from `vtoken.Stats.kept`."""
+    out = []
+    for layer, found in kept:
+        here, item = real & ~visual, 0
+        for row, runs in enumerate(runs_of(visual)):
+            for run in runs:
+                here[row, run] = found[item, : len(run)]
+                item += 1
+        assert item == len(found)
+        out.append((layer, here))
+    return out
+
+
+@contextlib.contextmanager
+def explicit_masks(model: nn.Module, allowed):
+    """The decoder layers see ``allowed(layer)`` (B, Q, K) bool instead of the mask that the model made."""
+
+    def hook(index, module, args, kwargs):
+        allow = allowed(index)[:, None]
+        mask = torch.zeros(allow.shape).masked_fill(~allow, torch.finfo(torch.float32).min)
+        return args, {**kwargs, "attention_mask": mask}
+
+    handles = [
+        layer.register_forward_pre_hook(functools.partial(hook, index), with_kwargs=True)
+        for index, layer in enumerate(language_model(model).layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -226,3 +261,20 @@ def eager_encoder(family, batch, layer, **changes):
         patch.setattr(source, "eager_attention_forward", spy)
         model(**inputs)
     return found
+
+
+@dataclass(frozen=True)
+class Look(Reducer):
+    """Records what it is shown, cuts nothing."""
+
+    name = "look"
+    reads: tuple = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "seen", {})
+
+    def encoder_reads(self):
+        return self.reads
+
+    def before_llm(self, ctx):
+        self.seen["ctx"] = ctx

@@ -199,10 +199,6 @@ def _rebuilt(stock: type, state: dict[str, Any]) -> Any:
 def remember(cache: Cache, index: int, pruned: Pruned) -> None:
     """Make layer ``index`` a pruned one that remembers ``pruned``."""
     layer: Any = cache.layers[index]
-    if not hasattr(layer, "get_seq_length"):  # recurrent layers have no columns
-        return
-    if getattr(layer, "keys", layer) is None:  # a layer that uses the keys of another one
-        return
     if isinstance(layer, StaticLayer):
         n = pruned.valid.shape[1]
         pruned = replace(pruned, alone=False, buffer=pad(pruned.valid, (0, layer.max_cache_len - n), value=True))

@@ -97,7 +97,12 @@ class Forward:
         return True
 
     def enter_cache(self, given: Tensor, mask: Any) -> Any:
-        """Check that a pruned cache fits the tokens ``given`` (B, S, ...); returns the mask of its columns.
+        """Note the caller's mask, check that a pruned cache fits the tokens ``given`` (B, S, ...).
+
+        Returns
+        -------
+        Tensor, mapping or None
+            ``mask``, or that of a pruned cache's columns in its place.
 
         Raises
         ------
@@ -106,6 +111,7 @@ class Forward:
         NotImplementedError
             If a static cache would take a further prompt.
         """
+        self.mask2d = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         pruned = kv.pruned_of(self.cache)
         if pruned is None:
             return mask

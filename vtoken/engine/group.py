@@ -45,6 +45,14 @@ class Group:
     text: Tensor
     view: View
 
+    @classmethod
+    def whole(cls, prompt: Prompt) -> Group:
+        """The sequence that the caller passed."""
+        real, placed = prompt.real, prompt.placed
+        everything = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+        view = prompt.view(everything, real)
+        return cls(0, everything, everything, real, placed.item, placed.slot, placed.text, view)
+
     def to(self, device: torch.device) -> Group:
         """The same on the device of a layer, of a model whose layers live on several."""
         if self.index.device == device:

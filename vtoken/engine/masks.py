@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from vtoken.engine.cache import is_static, logical_length, one_layer, pruned_of, stored_length
@@ -82,9 +83,11 @@ def seen_in(mask: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- validation
 def exceeded_window(adapter: Adapter, first_layer: int, length: int) -> int | None:
     """The sliding window of layers from ``first_layer`` on, if ``length`` tokens are more and there are such layers."""
-    window = getattr(adapter.language_model.config, "sliding_window", None) or 0
+    window = getattr(adapter.language_model.config, "sliding_window", None)
+    if not window or length <= window:
+        return None
     slide = any(layer_type(adapter, i) == SLIDING for i in range(first_layer, len(adapter.layers)))
-    return window if slide and length > window else None
+    return window if slide else None
 
 
 def check_flash_window(adapter: Adapter, first_layer: int, length: int) -> None:
@@ -110,12 +113,9 @@ def check_turn_window(adapter: Adapter, cache: Any, length: int) -> None:
     NotImplementedError
         If a further prompt, or a static cache, exceeds the window.
     """
-    window = getattr(adapter.language_model.config, "sliding_window", None)
-    if not window or SLIDING not in (layer_type(adapter, i) for i in range(len(adapter.layers))):
-        return
     if is_static(cache):
-        length = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)  # recurrent ones have none
-    if length > window:
+        length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
+    if (window := exceeded_window(adapter, 0, length)) is not None:
         raise NotImplementedError(
             f"This model attends in a sliding window of {window} tokens. Its meaning is kept in a first prompt "
             "with a dynamic cache, not in a StaticCache or a further prompt on a pruned cache beyond the window: "
@@ -130,8 +130,7 @@ def real_tokens(mask: Any, embeds: Tensor, past: int, cache: Any) -> Tensor:
     In a prepared mask that is every token which sees itself: padding, and what the caller hides, does not, while the
     first documents of a packed row do, though the last query of the row sees nothing of them.
     """
-    if isinstance(mask, Mapping):
-        mask = mask.get(FULL, next(iter(mask.values())))
+    mask = _plainest(mask)
     rows, length = embeds.shape[:2]
     if mask is None:
         return torch.ones(rows, length, dtype=torch.bool, device=embeds.device)
@@ -168,8 +167,7 @@ def documents_of(
     Tensor or None
         (B, S) long from 0; None where every row is one document.
     """
-    if isinstance(mask, Mapping):
-        mask = mask.get(FULL, next(iter(mask.values())))
+    mask = _plainest(mask)
     text = text_positions(position_ids)
     if is_prepared(mask):
         starts = _blind_to_predecessor(mask, real, logical_length(cache), cache)
@@ -184,6 +182,11 @@ def documents_of(
     if not bool(starts[:, 1:].any()):
         return None
     return pad(starts[:, 1:].cumsum(1), (1, 0))
+
+
+def _plainest(mask: Any) -> Any:
+    """The mask without windows, of several by kind of layer."""
+    return mask.get(FULL, next(iter(mask.values()))) if isinstance(mask, Mapping) else mask
 
 
 def text_positions(position_ids: Tensor | None) -> Tensor | None:
@@ -218,6 +221,12 @@ def _pairs(mask: Any, rows: int, query: Tensor, key: Tensor) -> Tensor:
     table = seen_in(mask)[:, 0].expand(rows, -1, -1)
     batch = torch.arange(rows, device=mask.device)[:, None]
     return table[batch, query.to(mask.device), key.to(mask.device)]
+
+
+def is_causal(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an attention module that is given no prepared mask sees only what comes before."""
+    causal = kwargs.get("is_causal")
+    return getattr(module, "is_causal", True) if causal is None else causal
 
 
 def rows_seen(
@@ -468,6 +477,7 @@ class Visibility:
         self.given, self.position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         self.mask2d = self.given if isinstance(self.given, Tensor) and self.given.dim() == 2 else None
         self.flash = is_flash(adapter)
+        self.first = {mask_name(adapter, i): i for i in reversed(range(len(adapter.layers)))}  # layer of each kind
         self._whole: Any = None
 
     def past_columns(self, layer: int) -> Tensor:
@@ -504,10 +514,8 @@ class Visibility:
                 start = _first_column(mask, self.real.shape[1], self.past, self.cache)
                 return gather_mask(mask, index, valid, start)
             if mask is None and kind:  # prepared by generate() or the outer model: the language model will not look
-                layers = range(len(self.adapter.layers))
-                layer = next(i for i in layers if mask_name(self.adapter, i) == kind)
-                skip = bool(columns.all()) and layer_type(self.adapter, layer) in (FULL, SLIDING, LINEAR)
-                return None if skip else build_mask(self.adapter, layer, short, columns, self.cache)
+                skip = bool(columns.all()) and layer_type(self.adapter, self.first[kind]) in (FULL, SLIDING, LINEAR)
+                return None if skip else self._built(kind, short, columns)
             return columns
 
         if isinstance(whole, Mapping):
@@ -521,8 +529,13 @@ class Visibility:
                 "backend='mask' hides tokens by a mask, which flash attention does not take for packed rows: use "
                 "backend='drop', or attn_implementation='sdpa'."
             )
-        columns = self.columns(0, keep)
-        return hide_columns(self._prepared(full), columns, columns)
+        columns, whole = self.columns(0, keep), self._prepared(full)
+        if not isinstance(whole, Mapping):
+            return hide_columns(whole, columns, columns)
+        return {  # a mask is None where transformers left it out, as it was causal and nothing else
+            kind: hide_columns(mask, columns, None) if is_prepared(mask) else self._built(kind, full, columns)
+            for kind, mask in whole.items()
+        }
 
     def of_layer(self, layer: int, given: Any, valid: Tensor, relative: Tensor, hidden: Tensor, hide: bool) -> Any:
         """The mask of a layer behind a cut inside of the decoder.
@@ -567,6 +580,10 @@ class Visibility:
             "max_length_k": longest,
         }
 
+    def _built(self, kind: str, embeds: Tensor, columns: Tensor | None, ids: Tensor | None = None) -> Any:
+        """`build_mask` for the layers of a kind."""
+        return build_mask(self.adapter, self.first[kind], embeds, columns, self.cache, ids)
+
     def _prepared(self, embeds: Tensor) -> Any:
         """The given mask; or those of the whole sequence by kind of layer, where what is left cannot tell them.
 
@@ -579,10 +596,9 @@ class Visibility:
         if not packed and exceeded_window(self.adapter, 0, length) is None:
             return self.given
         if self._whole is None:
-            layers = {mask_name(self.adapter, i): i for i in reversed(range(len(self.adapter.layers)))}
             columns = None if packed else self.columns(0, self.real)
             ids = text_positions(self.position_ids) if packed else None
-            masks = {k: build_mask(self.adapter, i, embeds, columns, self.cache, ids) for k, i in layers.items()}
+            masks = {kind: self._built(kind, embeds, columns, ids) for kind in self.first}
             typed = getattr(self.adapter.language_model.config, "layer_types", None)
             self._whole = masks if typed else next(iter(masks.values()))
         return self._whole

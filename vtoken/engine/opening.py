@@ -45,7 +45,8 @@ class Opening:
         """Notes where the prompt ends: drafts and generated tokens are no part of it."""
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            generation = generation_of(args[0] if args else kwargs.get("inputs"), kwargs)
+            start = kv.logical_length(kwargs.get("past_key_values"))
+            generation = generation_of(args[0] if args else kwargs.get("inputs"), kwargs, start)
             if generation is None:
                 return original(*args, **kwargs)
             with self.generations.inside(generation):
@@ -156,7 +157,6 @@ class Opening:
             self._note_pictures(forward, call)
         if kv.pruned_of(cache) is not None and given.shape[1] > 1 and not self.session.work.idle:
             masks.check_turn_window(self.adapter, cache, kv.logical_length(cache) + given.shape[1])
-        forward.mask2d = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         found = forward.enter_cache(given, mask)
         return (args, kwargs) if found is mask else (args, {**kwargs, "attention_mask": found})
 
@@ -223,7 +223,6 @@ class Opening:
             forward = Forward(cache)
             session.claim(forward)
         forward.cache, forward.entered = cache, True  # from here on it is this call's alone
-        forward.mask2d = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         found = forward.enter_cache(given, mask)
         return kwargs if found is mask else {**kwargs, "attention_mask": found}
 

@@ -70,11 +70,14 @@ def _routes(layer: Any) -> bool:
 def remember(prefill: Prefill, cache: Cache) -> None:
     """Leave on every layer of the cache what it holds of the sequence."""
     shift, known = _shift(prefill, cache), dict[tuple[int, ...], kv.Pruned]()
+    names: dict[int, tuple[int, ...]] = {}
     for layer, held in enumerate(cache.layers):
         if not hasattr(held, "get_seq_length"):  # recurrent layers hold a state, no columns
             continue
+        if getattr(held, "keys", held) is None:  # nothing: the layer uses the keys of another one
+            continue
         group, old = prefill.group_of(layer), kv.pruned_of(cache, layer)
-        name = (*(() if old is None else old.group), group.start)
+        names[layer] = name = (*(() if old is None else old.group), group.start)
         if name not in known:
             valid, place = _columns(prefill, cache, layer, group, old)
             dropped = 0 if prefill.hide else prefill.length - group.index.shape[1]
@@ -82,12 +85,9 @@ def remember(prefill: Prefill, cache: Cache) -> None:
             known[name] = kv.Pruned(valid, place, shift, name, bool(valid.all()), dropped=dropped)
     uniform = len(known) == 1
     alone = uniform and shift is None and all(one.full for one in known.values())
-    for layer, held in enumerate(cache.layers):
-        if hasattr(held, "get_seq_length"):
-            old = kv.pruned_of(cache, layer)
-            name = (*(() if old is None else old.group), prefill.group_of(layer).start)
-            # safe: the layer has its keys and values already, and nobody reads it before the pass is over
-            kv.remember(cache, layer, replace(known[name], uniform=uniform, alone=alone))
+    for layer, name in names.items():
+        # safe: the layer has its keys and values already, and nobody reads it before the pass is over
+        kv.remember(cache, layer, replace(known[name], uniform=uniform, alone=alone))
     kv.serve(cache, False)
 
 

@@ -61,11 +61,9 @@ class Prefill:
         self.past, self.length = visibility.past, prompt.real.shape[1]
         # the first two are set once, with the arguments of the language model; the last inside of `aside` only
         self.moved = self.renumbered = self.is_aside = False
-        everything = torch.arange(self.length, device=prompt.real.device).expand(prompt.real.shape)
-        placed, view = prompt.placed, prompt.view(everything, prompt.real)
-        first = Group(0, everything, everything, prompt.real, placed.item, placed.slot, placed.text, view)
+        first = Group.whole(prompt)
         self.groups: tuple[Group, ...] = (first,)
-        self.context = prompt.context(embeds, view, adapter, newlines)
+        self.context = prompt.context(embeds, first.view, adapter, newlines)
         self.left = self.context.valid  # (I, N) bool: tokens of the items that are left; changed by `_advance`
         self._shown = first  # the group whose context is at hand
         self.masks: dict[tuple[int, str], Any] = {}  # by group and kind of layer: a memo, never read for anything else

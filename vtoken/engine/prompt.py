@@ -68,6 +68,14 @@ class Placed:
     projector_input: Tensor | None
     resampled: Sequence[Tensor]
 
+    @property
+    def valid(self) -> Tensor:
+        """(I, N) bool: tokens that are there."""
+        here = self.item >= 0
+        valid = torch.zeros(self.table.view.shape, dtype=torch.bool, device=here.device)
+        valid[self.item[here], self.slot[here]] = True
+        return valid
+
 
 def place(
     adapter: Adapter,
@@ -398,8 +406,8 @@ class Generation:
     records: dict[str, VisionRecord] = field(default_factory=dict)
 
 
-def generation_of(inputs: Any, kwargs: Mapping[str, Any]) -> Generation | None:
-    """What the arguments of ``generate`` say; None where the length of the prompt is not among them."""
+def generation_of(inputs: Any, kwargs: Mapping[str, Any], start: int) -> Generation | None:
+    """What the arguments of ``generate`` say, whose cache holds ``start`` tokens; None if they give no prompt."""
     ids, embeds, mask = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     given = embeds if ids is None or ids.shape[1] == 0 else ids
     if not isinstance(given, Tensor):
@@ -407,8 +415,6 @@ def generation_of(inputs: Any, kwargs: Mapping[str, Any]) -> Generation | None:
     length = given.shape[1]
     if isinstance(mask, Tensor) and mask.dim() == 2:
         length = max(length, mask.shape[1])  # only new tokens may be given, beside a mask over cached ones too
-    cache = kwargs.get("past_key_values")
-    start = int(cache.get_seq_length()) if cache is not None else 0
     return Generation(length, start, ids if given is ids and ids.shape[1] == length else None)
 
 

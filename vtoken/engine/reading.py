@@ -67,9 +67,8 @@ def attention_rows(
         logits = torch.einsum("bghrd,bgkd->bghrk", grouped.float(), key.float()).reshape(size, heads, -1, keys) * scale
     if cap := kwargs.get("softcap"):
         logits = torch.tanh(logits / cap) * cap
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    seen = masks.rows_seen(mask, rows, (queries, keys), causal, kwargs.get("sliding_window"), documents)
+    causal, window = masks.is_causal(module, kwargs), kwargs.get("sliding_window")
+    seen = masks.rows_seen(mask, rows, (queries, keys), causal, window, documents)
     logits = logits.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else logits + seen.float()
     return logits.softmax(-1) if softmax else logits
 

@@ -146,12 +146,8 @@ class Running:
     def _whole(self, kinds: Any, records: Any, real: Tensor) -> Stats:
         """Statistics of a prefill that nothing was dropped from."""
         placed = place(self.adapter, kinds, records, real)
-        blank = torch.empty(*real.shape, 0, dtype=torch.float32, device=real.device)
-        prompt = Prompt.of(placed, real, None, None)
-        everything = torch.arange(real.shape[1], device=real.device).expand(real.shape)
-        ctx = prompt.context(blank, prompt.view(everything, real), self.adapter, "drop")
-        stats = Stats(ctx.tokens, placed.row, self.work.depth)
-        stats.add_group(0, ctx.valid, None)
+        stats = Stats(placed.table.tokens, placed.row, self.work.depth)
+        stats.add_group(0, placed.valid, None)
         return stats
 
     # ------------------------------------------------------------------ decoder layers

@@ -12,6 +12,7 @@ from vtoken.ops.common import EPS, finite
 from vtoken.ops.ragged import gather
 
 CHUNK = 512  # rows of similarities held at a time
+DENSE = 3072  # tokens up to which all of them are kept (36 MB), where each is used several times
 FEW = 6  # columns that are computed as rows: the other way round is as slow for one as for sixteen
 BANDS = 5  # of a table, each as far as its diagonal: more are smaller products, fewer compute more pairs twice
 

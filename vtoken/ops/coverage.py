@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from vtoken.ops.common import counts, finite, mask_of
-from vtoken.ops.cosines import Cosines
+from vtoken.ops.cosines import DENSE, Cosines
 from vtoken.ops.lazy import on_host
 from vtoken.ops.nested import row_by_row
 from vtoken.precision import selection, without_autocast
 
 BLOCK = 16  # candidates evaluated at a time
 CHUNK = 512  # the same before the first pick, when all are
-DENSE = 3072  # tokens up to which all similarities are kept (36 MB): each is used about ten times
 
 
 @selection

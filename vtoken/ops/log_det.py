@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from vtoken.ops.common import counts, finite, mask_of
-from vtoken.ops.cosines import CHUNK
+from vtoken.ops.cosines import CHUNK, DENSE
 from vtoken.ops.ragged import gather
 from vtoken.precision import selection
-
-DENSE = 3072  # tokens up to which G is kept (36 MB)
 
 
 @selection

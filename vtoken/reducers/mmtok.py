@@ -12,7 +12,7 @@ from torch.nn import functional
 from vtoken.context import VisualContext
 from vtoken.ops import cover
 from vtoken.ops.common import EPS, unit_vectors
-from vtoken.ops.cosines import CHUNK, Cosines
+from vtoken.ops.cosines import CHUNK, DENSE, Cosines
 from vtoken.ops.ragged import gather
 from vtoken.precision import selection
 from vtoken.reducers.base import SelectReducer
@@ -21,8 +21,6 @@ from vtoken.reducers.rows import question_rows
 from vtoken.reducers.views import Views
 from vtoken.reducers.visual import VISUAL, visual_features
 from vtoken.registry import register
-
-DENSE = 3072  # tokens up to which all similarities are kept (36 MB): each is used about ten times
 
 
 @register("mmtok")

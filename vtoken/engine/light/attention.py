@@ -85,13 +85,12 @@ class LightAttention:
 
     def _visible(self, module: nn.Module, mask: Any, shape: tuple[int, int], kwargs: dict[str, Any]) -> See:
         """Which keys query rows (B, R) of the layer may see: (B, R, K) bool."""
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
+        causal, window = masks.is_causal(module, kwargs), kwargs.get("sliding_window")
         documents = self.prefill.documents_of(self.prefill.group)
 
         def see(rows: Tensor) -> Tensor:
             own = None if documents is None else documents.to(rows.device)
-            return masks.seen_in(masks.rows_seen(mask, rows, shape, causal, kwargs.get("sliding_window"), own))[:, 0]
+            return masks.seen_in(masks.rows_seen(mask, rows, shape, causal, window, own))[:, 0]
 
         return see
 
