@@ -31,6 +31,11 @@ class Adapter:
     ----------
     model : nn.Module
         The model that the user calls ``generate`` on.
+
+    Raises
+    ------
+    TypeError
+        If parts of the model are missing.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -44,15 +49,34 @@ class Adapter:
         self.generator: Any = model
         outer: Any = getattr(model, "base_model", model)  # the model itself, if it is one without a head
         self.outer: Any = outer
-        language: Any = getattr(outer, "language_model", None) or outer.text_model
-        self.language_model: Any = language
-        self.layers: Any = language.layers
+        self.language_model: Any = self._part("language model", ("language_model", "text_model"), outer)
+        self.layers: Any = self._part("decoder layers", ("layers",), self.language_model)
         self.placeholders = {code: self._placeholder(name) for name, code in MODALITIES.items()}
 
     def _placeholder(self, modality: str) -> int | None:
         config = self.model.config
         names = (f"{modality}_token_id", f"{modality}_token_index")
         return next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+
+    def _part(self, what: str, names: tuple[str, ...], *places: Any) -> Any:
+        """The first module under one of the names."""
+        found = (part for place in places for name in names if (part := getattr(place, name, None)) is not None)
+        if (part := next(found, None)) is None or (isinstance(part, nn.ModuleList) and not len(part)):
+            raise TypeError(
+                f"{type(self.model).__name__} has no {what} ({', '.join(names)} of {type(places[0]).__name__}), which "
+                "every model of its type has: load the whole model, not parts of it."
+            )
+        return part
+
+    def check_parts(self) -> None:
+        """Refuse a model without a vision tower.
+
+        Raises
+        ------
+        TypeError
+            One sentence that says what is missing.
+        """
+        _ = self.tower
 
     def modality(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, S) long: 0 text, 1 image, 2 video."""
@@ -148,15 +172,12 @@ class Adapter:
     @property
     def tower(self) -> Any:
         """The vision encoder."""
-        names = ("vision_tower", "visual", "vision_model")
-        return next(getattr(self.outer, name) for name in names if hasattr(self.outer, name))
+        return self._part("vision tower", ("vision_tower", "visual", "vision_model"), self.outer)
 
     @property
     def projector(self) -> nn.Module:
         """The module that turns encoder features into language-model embeddings."""
-        names = ("multi_modal_projector", "connector", "merger")
-        places = (self.outer, self.tower)
-        return next(getattr(place, name) for place in places for name in names if hasattr(place, name))
+        return self._part("projector", ("multi_modal_projector", "connector", "merger"), self.outer, self.tower)
 
     @property
     def token_projector(self) -> nn.Module:

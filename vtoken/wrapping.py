@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from vtoken.adapters import adapter_for
+from vtoken.adapters import Adapter, adapter_for
 from vtoken.engine.session import Session
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
@@ -33,8 +33,12 @@ def inside(model: nn.Module) -> nn.Module:
     Raises
     ------
     TypeError
-        If the wrapper runs copies of the model in threads.
+        If it is none, or the wrapper runs copies of the model in threads.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{model!r:.80} is no model: load one first, as AutoModelForImageTextToText.from_pretrained does."
+        )
     while True:
         if isinstance(model, nn.DataParallel):
             raise TypeError(
@@ -101,9 +105,22 @@ def wrap(
         positions = built.positions
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
-    session = Session(adapter_for(inside(model)), built, positions, backend)
+    session = Session(_adapter_of(inside(model)), built, positions, backend)
     _attach(inside(model), session)
     return model
+
+
+def _adapter_of(model: nn.Module) -> Adapter:
+    """The adapter of a model that has all its parts, with weights."""
+    adapter = adapter_for(model)
+    adapter.check_parts()
+    weights = next(adapter.language_model.parameters(), None)
+    if weights is not None and weights.is_meta and not any(hasattr(part, "_hf_hook") for part in model.modules()):
+        raise TypeError(
+            f"The weights of {type(model).__name__} are on the meta device, where nothing can be computed: load them "
+            "first (from_pretrained, or to_empty and load_state_dict)."
+        )
+    return adapter
 
 
 def _attach(model: nn.Module, session: Session) -> None:

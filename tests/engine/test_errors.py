@@ -72,6 +72,51 @@ def test_wrap_twice_and_unwrap_unwrapped(model_and_inputs):
 def test_a_model_that_no_adapter_knows():
     with pytest.raises(TypeError, match="No adapter knows the model Linear: supported are"):
         vtoken.wrap(torch.nn.Linear(2, 2), "random")
+    with pytest.raises(TypeError, match="'llava' is no model: load one first"):
+        vtoken.wrap("llava", "random")
+    with pytest.raises(TypeError, match="None is no model: load one first"):
+        vtoken.unwrap(None)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("language_model", "has no language model"),
+        ("language_model.layers", "has no decoder layers"),
+        ("tower", "has no vision tower"),
+    ],
+)
+@pytest.mark.parametrize("family", tiny.CORE)
+def test_a_model_that_was_loaded_in_part(family, part, words):
+    model, _ = tiny.make(family, (1,))
+    holder = model.model.language_model if "." in part else model.model
+    found = ("vision_tower", "visual") if part == "tower" else (part.split(".")[-1],)
+    for name in found:
+        if hasattr(holder, name):
+            delattr(holder, name)
+    with pytest.raises(TypeError, match=f"{type(model).__name__} {words} .*: load the whole model"):
+        vtoken.wrap(model, "random", keep=0.5)
+
+
+def test_weights_that_were_not_loaded(model_and_inputs):
+    with torch.device("meta"):
+        model = type(model_and_inputs[0])(model_and_inputs[0].config)
+    with pytest.raises(TypeError, match="weights of LlavaForConditionalGeneration are on the meta device"):
+        vtoken.wrap(model, "random", keep=0.5)
+
+
+@pytest.mark.parametrize("family", tiny.CORE)
+def test_a_processor_that_does_not_fit(family):
+    """The model's own sentence reaches the user, and the wrapped model works afterwards."""
+    model, inputs = tiny.make(family, (1,))
+    ids = inputs["input_ids"].clone()
+    row, column = (ids == tiny.IMAGE_ID).nonzero()[0]
+    ids[row, column] = 5  # one placeholder less than features
+    with vtoken.reduce(model, "random", keep=0.5), torch.no_grad():
+        wanted = model(**inputs).logits
+        with pytest.raises(ValueError, match="features and image tokens do not match"):
+            model(**{**inputs, "input_ids": ids})
+        assert torch.equal(model(**inputs).logits, wanted)
 
 
 def test_unknown_options(model_and_inputs):

@@ -3,6 +3,8 @@
 
 `llava`: get_model, get_vision_tower, encode_images, prepare_inputs_labels_for_multimodal, generate(inputs, images).
 `internvl_chat`: vision_model, extract_feature, pixel_shuffle, img_context_token_id, language_model, generate.
+`minicpm_v`: llm, vpm, resampler, get_vllm_embedding. `kimi_vl`: vision_tower, multi_modal_projector, language_model,
+_extract_image_features, _merge_with_image_features. `molmo`: model.vision_backbone, model.transformer, image_input_idx.
 """
 
 from __future__ import annotations
@@ -181,3 +183,71 @@ def internvl_chat():
     rows = [[3, torch.full((4,), tiny.IMAGE_ID), 5], [4, torch.full((8,), tiny.IMAGE_ID), 6]]
     pixels = torch.randn(3, 3, tiny.SIDE, tiny.SIDE, generator=generator)
     return model, {**tiny.assemble(rows, generator), "pixel_values": pixels}
+
+
+def _language_model():
+    return tf.Qwen2ForCausalLM(tf.Qwen2Config(**tiny.text_config()))
+
+
+class MiniCPMVStandIn(nn.Module):
+    """``generate`` puts pictures at the bounds that its processor names, and calls the language model itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.llm, self.vpm, self.resampler = _language_model(), ClipTower(), nn.Linear(32, tiny.WIDTH)
+        self.config = self.llm.config
+
+    def get_vllm_embedding(self, data):
+        embeds = self.llm.get_input_embeddings()(data["input_ids"])
+        features = self.resampler(self.vpm(data["pixel_values"]))
+        for row, bounds in enumerate(data["image_bound"]):
+            embeds[row, bounds[0] : bounds[1]] = features[row]
+        return embeds
+
+    def generate(self, data, **kwargs):
+        return self.llm.generate(inputs_embeds=self.get_vllm_embedding(data), **kwargs)
+
+
+class KimiVLStandIn(nn.Module):
+    """``forward`` merges pictures and calls its language model, a model with a head of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.vision_tower, self.multi_modal_projector = ClipTower(), nn.Linear(32, tiny.WIDTH)
+        self.language_model = _language_model()
+        self.config = self.language_model.config
+
+    def get_decoder(self):
+        return self.language_model.get_decoder()
+
+    def _extract_image_features(self, pixel_values, image_grid_hws):
+        return self.multi_modal_projector(self.vision_tower(pixel_values))
+
+    def _merge_with_image_features(self, inputs_embeds, input_ids, image_features):
+        inputs_embeds[input_ids == tiny.IMAGE_ID] = image_features.flatten(0, 1)
+        return inputs_embeds
+
+    def forward(self, input_ids, pixel_values=None, image_grid_hws=None, **kwargs):
+        embeds = self.language_model.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            features = self._extract_image_features(pixel_values, image_grid_hws)
+            embeds = self._merge_with_image_features(embeds, input_ids, features)
+        return self.language_model(inputs_embeds=embeds, **kwargs)
+
+
+class MolmoStandIn(nn.Module):
+    """The decoder itself adds pictures to its embeddings, at indices that its processor names."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.vision_backbone, self.model.projector = ClipTower(), nn.Linear(32, tiny.WIDTH)
+        self.model.transformer = _language_model()
+        self.config = self.model.transformer.config
+
+    def forward(self, input_ids, images=None, image_input_idx=None, **kwargs):
+        embeds = self.model.transformer.get_input_embeddings()(input_ids)
+        if images is not None:
+            rows = torch.arange(len(embeds))[:, None].expand_as(image_input_idx)
+            embeds[rows, image_input_idx] += self.model.projector(self.model.vision_backbone(images))
+        return self.model.transformer(inputs_embeds=embeds, **kwargs)

@@ -41,6 +41,8 @@ class Forward:
         The one given.
     labels : Tensor or None
         (B, S) long, of a training pass.
+    pictures : bool
+        Whether the outermost module was given any.
 
     Attributes
     ----------
@@ -64,9 +66,9 @@ class Forward:
         Decode masks by group of cache columns and kind of layer: a memo.
     """
 
-    def __init__(self, cache: Any, labels: Tensor | None = None) -> None:
+    def __init__(self, cache: Any, labels: Tensor | None = None, pictures: bool = False) -> None:
         self.thread = threading.get_ident()
-        self.cache, self.labels = cache, labels
+        self.cache, self.labels, self.pictures = cache, labels, pictures
         self.entered = False
         self.mask_to_hand_on: Tensor | None = None
         self.first: Tensor | None = None

@@ -100,14 +100,17 @@ class Opening:
         return make
 
     # ------------------------------------------------------------------ the outermost module
-    def training_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Notes the labels, and the mask that a load-balancing loss must not see: its rows are real ones only."""
-        if torch.compiler.is_compiling() or (kwargs.get("labels") is None and not self._routes(kwargs)):
+    def model_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Notes labels, pictures, and the mask that a load-balancing loss must not see: its rows are real ones only."""
+        if torch.compiler.is_compiling():
             return None
-        forward = Forward(kwargs.get("past_key_values"), kwargs.get("labels"))
+        pictures, routes = self._brings_pictures(kwargs), self._routes(kwargs)
+        if kwargs.get("labels") is None and not pictures and not routes:
+            return None
+        forward = Forward(kwargs.get("past_key_values"), kwargs.get("labels"), pictures)
         self.session.claim(forward)
         mask = kwargs.get("attention_mask")
-        if self._routes(kwargs) and self._brings_pictures(kwargs) and isinstance(mask, Tensor) and mask.dim() == 2:
+        if routes and pictures and isinstance(mask, Tensor) and mask.dim() == 2:
             forward.mask_to_hand_on = mask
             return args, {**kwargs, "attention_mask": None}
         return None
@@ -155,6 +158,12 @@ class Opening:
             raise ValueError(f"The batch is empty (input of shape {tuple(given.shape)}): pass at least one token.")
         if self._brings_pictures(call):
             self._note_pictures(forward, call)
+        elif forward.pictures:
+            name, inner = type(self.adapter.model).__name__, type(module).__name__
+            raise NotImplementedError(
+                f"{name} encodes pictures and merges them into the prompt itself, without telling its {inner}, so that "
+                f"visual tokens cannot be told from text: wrap its {inner} and pass the pictures to that."
+            )
         if kv.pruned_of(cache) is not None and given.shape[1] > 1 and not self.session.work.idle:
             masks.check_turn_window(self.adapter, cache, kv.logical_length(cache) + given.shape[1])
         found = forward.enter_cache(given, mask)

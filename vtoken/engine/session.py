@@ -84,7 +84,7 @@ class Session:
         adapter, opening, running = self.adapter, self.opening, self.running
         if adapter.outer is not None:
             if adapter.model is not adapter.outer and not self.work.idle:
-                self._before(adapter.model, opening.training_pre)
+                self._before(adapter.model, opening.model_pre)
             self._before(adapter.outer, opening.outer_pre)
             for modality in MODALITIES:
                 if hasattr(adapter.outer, name := f"get_{modality}_features"):

@@ -80,12 +80,16 @@ class Work:
                 f"Reducer {reducer.name!r} drops tokens before layer {late}, but later layers reuse the keys that "
                 f"layer {last} made or chose, with them: drop before layer {last} at the latest, or before the decoder."
             )
-        for layer in taps:
+        peeks = reducer.peeks(depth)
+        for layer in (*taps, *peeks):
             if not adapter.has_attention(adapter.layers[layer]):
+                attend = [str(i) for i in range(depth) if adapter.has_attention(adapter.layers[i])]
                 raise NotImplementedError(
                     f"Reducer {reducer.name!r} reads the attention of decoder layer {layer}, which is recurrent: "
-                    "choose a layer that attends, or a reducer that reads no attention."
+                    f"choose a layer that attends ({', '.join(attend)}), or a reducer that reads no attention."
                 )
+        if peeks:
+            _ = adapter.attention_norm  # raises where attention that is yet to come cannot be read
         return cls(False, depth, kinds, layers, taps, light, reducer.uses_text or bool(taps))
 
     @property

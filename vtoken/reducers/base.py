@@ -90,6 +90,10 @@ class Reducer:
         """
         return {}
 
+    def peeks(self, depth: int) -> tuple[int, ...]:
+        """Those of `layers` whose own attention, which is yet to come, `at_layer` asks for by ``ctx.peek``."""
+        return ()
+
     def light_layers(self, depth: int) -> dict[int, LightLayer]:
         """Decoder layers, of ``depth``, in which visual rows compute less during prefill."""
         return {}

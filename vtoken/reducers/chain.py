@@ -133,6 +133,9 @@ class Chain(Reducer):
     def layers(self, depth: int) -> tuple[int, ...]:
         return tuple(sorted({layer for stage in self._active for layer in stage.layers(depth)}))
 
+    def peeks(self, depth: int) -> tuple[int, ...]:
+        return tuple(sorted({layer for stage in self._active for layer in stage.peeks(depth)}))
+
     def taps(self, depth: int) -> dict[int, str]:
         rows: dict[int, str] = {}
         owner: dict[int, str] = {}

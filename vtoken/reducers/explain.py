@@ -55,6 +55,9 @@ class Explain(LayerReducer):
     def layers(self, depth: int) -> tuple[int, ...]:
         return (0,)
 
+    def peeks(self, depth: int) -> tuple[int, ...]:
+        return self.layers(depth)
+
     def score(self, layer: int, ctx: VisualContext) -> Tensor:
         """(I, N): log relevance, or the mean attention."""
         assert ctx.peek is not None

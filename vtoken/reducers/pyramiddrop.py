@@ -47,6 +47,9 @@ class PyramidDrop(LayerReducer):
     def layers(self, depth: int) -> tuple[int, ...]:
         return tuple(sorted({layer_at(place, depth) for place in self.at}))
 
+    def peeks(self, depth: int) -> tuple[int, ...]:
+        return self.layers(depth)
+
     def score(self, layer: int, ctx: VisualContext) -> Tensor:
         """Attention (I, N) of the last token in the coming layer, mean over heads."""
         assert ctx.peek is not None
