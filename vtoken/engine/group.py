@@ -6,7 +6,9 @@ This file must not know masks, caches or hooks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,3 +103,19 @@ class Group:
         """The same sequence in which only ``keep`` (B, n) is visible."""
         item, slot = (torch.where(keep, x, -1) for x in (self.item, self.slot))
         return Group(start, self.index, self.relative, keep, item, slot, self.text, prompt.view(self.index, keep))
+
+
+def rows_left(value: Any, groups: Sequence[Group]) -> Any:
+    """An argument of a decoder layer for the last of several groups, which has dropped tokens of the first.
+
+    A tensor with a row per token, (B or 1, S, ...), is shortened, also inside of a tuple; anything else stays.
+    """
+    rows, length = groups[0].index.shape
+    if len(groups) == 1:
+        return value
+    if isinstance(value, tuple | list):
+        return type(value)(rows_left(part, groups) for part in value)
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] not in (1, rows) or value.shape[1] != length:
+        return value
+    short = gather(value, groups[-1].relative)
+    return short & groups[-1].valid.to(short.device) if value.dtype == torch.bool and value.dim() == 2 else short

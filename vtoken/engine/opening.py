@@ -31,6 +31,10 @@ COMPILED = (
     "vtoken chooses tokens outside of compiled code, as their number depends on the pictures: use torch.compile "
     "without fullgraph=True, or keep=1.0."
 )
+MERGES = (
+    "{name} encodes pictures and merges them into the prompt itself, without telling its {inner}, so that visual "
+    "tokens cannot be told from text: wrap its {inner} and pass the pictures to that."
+)
 
 
 class Opening:
@@ -160,10 +164,7 @@ class Opening:
             self._note_pictures(forward, call)
         elif forward.pictures:
             name, inner = type(self.adapter.model).__name__, type(module).__name__
-            raise NotImplementedError(
-                f"{name} encodes pictures and merges them into the prompt itself, without telling its {inner}, so that "
-                f"visual tokens cannot be told from text: wrap its {inner} and pass the pictures to that."
-            )
+            raise NotImplementedError(MERGES.format(name=name, inner=inner))
         if kv.pruned_of(cache) is not None and given.shape[1] > 1 and not self.session.work.idle:
             masks.check_turn_window(self.adapter, cache, kv.logical_length(cache) + given.shape[1])
         found = forward.enter_cache(given, mask)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vtoken.context import Attention, Cut, VisualContext
 from vtoken.engine import cache as kv
-from vtoken.engine.group import Group
+from vtoken.engine.group import Group, rows_left
 from vtoken.engine.masks import Visibility, check_flash_window, layer_type
 from vtoken.engine.positions import given_or_counted, renumbered, shift_of
 from vtoken.engine.prompt import Prompt, View
@@ -123,7 +123,7 @@ class Prefill:
         ctx = self.context.same_tokens(layer=layer)
         if module is not None:
             kwargs = self.layer_kwargs(layer, hidden, kwargs)
-            documents = self.documents_of(group)
+            documents = self.prompt.documents_of(group.index)
             coming = Coming(self.adapter, layer, module, kwargs, hidden, group.view, documents, self.aside)
             ctx = ctx.same_tokens(peek=functools.partial(coming.peek, ctx), rerun=coming.rerun)
         return ctx
@@ -179,7 +179,7 @@ class Prefill:
     def looked_at(self, layer: int, new: int) -> tuple[VisualContext, View, Tensor | None, int]:
         """What a reader of layer ``layer`` is told, which works on ``new`` tokens."""
         group = self.group
-        return self.context, group.view, self.documents_of(group), self.stored_columns(layer, new)
+        return self.context, group.view, self.prompt.documents_of(group.index), self.stored_columns(layer, new)
 
     def record(self, layer: int, attention: Attention) -> None:
         """Remember attention rows of a layer that ran, for the contexts to come."""
@@ -194,7 +194,7 @@ class Prefill:
             return kwargs
         group, given = self.group.to(hidden.device), kwargs.get("attention_mask")
         if not self.hide:
-            kwargs = {name: value if name in _OWN else self.rows_left(value) for name, value in kwargs.items()}
+            kwargs = {name: value if name in _OWN else rows_left(value, self.groups) for name, value in kwargs.items()}
         kind = layer_type(self.adapter, layer)
         if (key := (len(self.groups), kind)) not in self.masks:
             self.masks[key] = self.visibility.of_layer(layer, given, group.valid, group.relative, hidden, self.hide)
@@ -207,25 +207,6 @@ class Prefill:
                 kwargs["position_ids"] = None if self.visibility.flash else short(ids, group.relative)
             kwargs.update(self.visibility.varlen(group.index, group.valid))
         return kwargs
-
-    def rows_left(self, value: Any) -> Any:
-        """An argument of a layer for the group at work: a tensor with a row per token (B or 1, S, ...) is shortened."""
-        rows, length = self.groups[0].index.shape
-        if self.hide or len(self.groups) == 1:
-            return value
-        if isinstance(value, tuple | list):
-            return type(value)(self.rows_left(part) for part in value)
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            return value
-        if value.shape[0] not in (1, rows) or value.shape[1] != length:
-            return value
-        short = gather(value, self.group.relative)
-        return short & self.group.valid.to(short.device) if value.dtype == torch.bool and value.dim() == 2 else short
-
-    def documents_of(self, group: Group) -> Tensor | None:
-        """(B, n): document of each token of a group, None where rows are not packed."""
-        documents = self.prompt.document
-        return None if documents is None else gather(documents.to(group.index.device), group.index)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

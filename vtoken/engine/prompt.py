@@ -271,6 +271,10 @@ class Prompt:
         found = cls(placed, real, document, behind, plain, row, number)
         return found if placed.dropped is None else found._with_last_tokens()
 
+    def documents_of(self, index: Tensor) -> Tensor | None:
+        """(B, n): document of each of the tokens ``index`` (B, n), None where rows are not packed."""
+        return None if self.document is None else gather(self.document.to(index.device), index)
+
     def _with_last_tokens(self) -> Prompt:
         """A last token whose patches the tower dropped comes back: the next token is read off its state.
 

@@ -19,6 +19,7 @@ from vtoken.context import Cut
 from vtoken.engine import cache as kv
 from vtoken.engine import masks, outputs
 from vtoken.engine.forward import Forward
+from vtoken.engine.group import rows_left
 from vtoken.engine.opening import COMPILED, needs_nothing
 from vtoken.engine.positions import gone_on
 from vtoken.engine.prefill import Prefill
@@ -172,7 +173,7 @@ class Running:
             stats: Any = self.session.stats
             stats.add_group(index, prefill.left, cut)
             stats.selection_seconds += time.perf_counter() - started
-        rest = [prefill.rows_left(value) for value in args[1:]]
+        rest = list(args[1:]) if prefill.hide else [rows_left(value, prefill.groups) for value in args[1:]]
         kwargs = prefill.layer_kwargs(index, hidden, kwargs)
         if several:
             hidden = hidden.unflatten(2, (streams, -1)).permute(2, 0, 1, 3)

@@ -86,7 +86,7 @@ class LightAttention:
     def _visible(self, module: nn.Module, mask: Any, shape: tuple[int, int], kwargs: dict[str, Any]) -> See:
         """Which keys query rows (B, R) of the layer may see: (B, R, K) bool."""
         causal, window = masks.is_causal(module, kwargs), kwargs.get("sliding_window")
-        documents = self.prefill.documents_of(self.prefill.group)
+        documents = self.prefill.prompt.documents_of(self.prefill.group.index)
 
         def see(rows: Tensor) -> Tensor:
             own = None if documents is None else documents.to(rows.device)
