@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from vtoken.context import Cut
@@ -31,11 +33,14 @@ class Stats:
         (I,) long: visual tokens and batch row of each image.
     depth : int
         Decoder layers.
+    prompt : mapping
+        What tells the prompt from others: its ``input_ids``, and numbers of its pixels by modality.
     """
 
     tokens: Tensor
     rows: Tensor
     depth: int
+    prompt: Mapping[str, Tensor] = field(default_factory=dict)
     selection_seconds: float = 0.0
     """Host time spent in the session before the language model and at layers (kernels may still run on a GPU)."""
     sources: list[tuple[int, Tensor]] = field(default_factory=list)
@@ -51,6 +56,11 @@ class Stats:
         self._groups.append((layer, left))
         if cut is not None and cut.source is not None:
             self.sources.append((layer, cut.source))
+
+    def is_of(self, prompt: Mapping[str, Tensor]) -> bool:
+        """Whether the last prefill was of such a `prompt`."""
+        same = (torch.equal(value.cpu(), prompt[name].cpu()) for name, value in self.prompt.items() if name in prompt)
+        return bool(self.prompt) and {*self.prompt} <= {*prompt} and all(same)
 
     @property
     def kept(self) -> list[tuple[int, Tensor]]:

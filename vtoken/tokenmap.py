@@ -90,7 +90,11 @@ def token_map(model: nn.Module, inputs: Mapping[str, Any], sizes: Sequence[tuple
     found, boxes = _boxes(adapter, ctx, sizes)
     row, position = ctx.visual.nonzero().cpu().unbind(1)
     image, slot = ctx.item[ctx.visual].cpu(), ctx.slot[ctx.visual].cpu()
-    kept, merged = _history(session.stats if session is not None else None, ctx, image, slot)
+    marks = {modality: record.mark for modality, record in records.items() if record.mark is not None}
+    last = None if session is None else session.stats
+    if last is not None and not last.is_of({"input_ids": inputs["input_ids"], **marks}):
+        last = None
+    kept, merged = _history(last, ctx, image, slot)
     return TokenMap(row, position, image, ctx.view.cpu()[image, slot], boxes[image, slot], found, kept, merged)
 
 
@@ -119,8 +123,8 @@ def _boxes(
 def _history(
     stats: Stats | None, ctx: VisualContext, image: Tensor, slot: Tensor
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Kept and merged tokens of the last run, if it was of this prompt."""
-    if stats is None or not torch.equal(stats.tokens.cpu(), ctx.tokens.cpu()):
+    """Kept and merged tokens of the last run, of this prompt; nothing without one."""
+    if stats is None:
         return {}, {}
     number = torch.full((ctx.items, ctx.longest), -1, device="cpu")
     number[image, slot] = torch.arange(len(image), device="cpu")

@@ -156,6 +156,24 @@ def test_a_wrapped_model_tells_what_became_of_the_tokens():
     assert torch.equal(found.image[target[target >= 0]], found.image[target >= 0])
 
 
+@pytest.mark.parametrize("family", tiny.CORE)
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_another_prompt_of_as_many_tokens_has_no_history(family, keep):
+    """What became of the tokens of a prompt says nothing about those of another picture or question."""
+    model, inputs = tiny.make(family, (1, 1))
+    sizes = None if family in ("llava_next", "llava_onevision") else [(48, 48)] * 2
+    picture, question = dict(inputs), dict(inputs)
+    picture["pixel_values"] = inputs["pixel_values"].clone()
+    picture["pixel_values"].view(-1)[7] += 0.5
+    question["input_ids"] = torch.where(inputs["input_ids"] == inputs["input_ids"][0, -1], 9, inputs["input_ids"])
+    with vtoken.reduce(model, "random", keep=keep):
+        for run in (lambda: model(**inputs), lambda: generate(model, inputs, 2)):
+            run()
+            assert vtoken.token_map(model, inputs, sizes).kept
+            assert not vtoken.token_map(model, picture, sizes).kept
+            assert not vtoken.token_map(model, question, sizes).kept
+
+
 def test_what_is_missing_is_said():
     model, inputs = tiny.make("internvl", (1,))
     with pytest.raises(ValueError, match="pass sizes="):

@@ -52,6 +52,8 @@ class Forward:
         The caller's mask, which the outermost module must not see.
     first : Tensor or None
         (D,) the first visual token of an announced call.
+    ids : Tensor or None
+        (B, S) long: token ids of a call with pictures.
     kinds : Tensor or None
         (B, S) long: modality of each placeholder, 0 for text.
     records : dict
@@ -72,12 +74,19 @@ class Forward:
         self.entered = False
         self.mask_to_hand_on: Tensor | None = None
         self.first: Tensor | None = None
+        self.ids: Tensor | None = None
         self.kinds: Tensor | None = None
         self.records: dict[str, VisionRecord] = {}
         self.mask2d: Tensor | None = None
         self.prefill: Prefill | None = None
         self.taps = contextlib.ExitStack()
         self.masks: dict[Any, Any] = {}
+
+    @property
+    def asked(self) -> dict[str, Tensor]:
+        """What tells this prompt from others."""
+        marks = {modality: record.mark for modality, record in self.records.items() if record.mark is not None}
+        return marks if self.ids is None else {"input_ids": self.ids, **marks}
 
     def close(self) -> None:
         """Take the taps off and let go of the cache; a second time does nothing."""

@@ -186,7 +186,7 @@ class Opening:
         kinds = self.adapter.modality_in(call)
         if not bool((kinds > 0).any()):
             return
-        forward.kinds = kinds
+        forward.kinds, forward.ids = kinds, call.get("input_ids")
         past, generation = kv.logical_length(forward.cache), self.generations.now
         encoded = call.get("mm_encoder_outputs") or {}
         forward.take_encoded(self.adapter, encoded, generation, past)

@@ -89,7 +89,7 @@ class Running:
         past = kv.logical_length(cache)
         real = masks.real_tokens(mask, embeds, past, cache)
         if self.work.idle and kv.pruned_of(cache) is None:
-            session.report(functools.partial(self._whole, forward.kinds, forward.records, real))
+            session.report(functools.partial(self._whole, forward.kinds, forward.records, real, forward.asked))
             self.watch_layers(False)
             return kwargs
         prompt = self._prompt(forward, kwargs, real, past)
@@ -98,7 +98,7 @@ class Running:
         prefill = Prefill(self.adapter, prompt, visibility, embeds, session.reducer.newlines, hide)
         forward.prefill = prefill  # the layers' hooks act from here on
         ctx = prefill.context
-        stats = Stats(ctx.tokens, prompt.placed.row, self.work.depth)
+        stats = Stats(ctx.tokens, prompt.placed.row, self.work.depth, forward.asked)
         session.report(stats)
         if session.reader.cutter is not None:
             stats.from_tower = ctx.valid.sum(1)
@@ -144,10 +144,10 @@ class Running:
             forward.taps.enter_context(tap(block, reader(look, rows, store)))
         self.session.light.open(forward.taps, prefill)
 
-    def _whole(self, kinds: Any, records: Any, real: Tensor) -> Stats:
+    def _whole(self, kinds: Any, records: Any, real: Tensor, asked: dict[str, Tensor]) -> Stats:
         """Statistics of a prefill that nothing was dropped from."""
         placed = place(self.adapter, kinds, records, real)
-        stats = Stats(placed.table.tokens, placed.row, self.work.depth)
+        stats = Stats(placed.table.tokens, placed.row, self.work.depth, asked)
         stats.add_group(0, placed.valid, None)
         return stats
 

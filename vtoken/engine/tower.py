@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ from vtoken.engine.towercut import TowerCut
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
     from vtoken.reducers.base import Reducer
+
+SAMPLES = 64  # pixels of a mark
 
 
 @dataclass
@@ -45,6 +47,8 @@ class VisionRecord:
         (T,) bool: tokens whose patches were dropped inside of the tower; None if nothing was.
     resampled : list of Tensor or None
         (rows, columns, D) features of each item at another resolution; None if none was asked for.
+    mark : Tensor or None
+        Numbers that tell the pixels from others, see `mark_of`; None if nothing encoded them that could be asked.
     """
 
     lengths: list[int]
@@ -53,6 +57,7 @@ class VisionRecord:
     projector_input: Tensor | None = None
     dropped: Tensor | None = None
     resampled: list[Tensor] | None = None
+    mark: Tensor | None = None
 
     def pick(self, items: list[int]) -> VisionRecord:
         """The record of such items, in their order, each as often as it is named."""
@@ -66,7 +71,8 @@ class VisionRecord:
         maps: dict[EncoderRead, Tensor] = {read: take(values) for read, values in self.maps.items()}  # type: ignore[misc]
         resampled = None if self.resampled is None else [self.resampled[i] for i in items]
         lengths, layouts = [self.lengths[i] for i in items], [self.layouts[i] for i in items]
-        return VisionRecord(lengths, layouts, maps, take(self.projector_input), take(self.dropped), resampled)
+        before, dropped = take(self.projector_input), take(self.dropped)
+        return VisionRecord(lengths, layouts, maps, before, dropped, resampled, self.mark)
 
 
 @dataclass
@@ -275,7 +281,17 @@ class VisionReader:
                     f"The {type(self.adapter).__name__} adapter mapped the encoder to {len(found)} values "
                     f"for {sum(lengths)} visual tokens: its packing does not fit this model; please report it."
                 )
-        return VisionRecord(lengths, layouts, maps, before, dropped)
+        return VisionRecord(lengths, layouts, maps, before, dropped, mark=mark_of(call))
+
+
+@torch.no_grad()
+def mark_of(call: Mapping[str, Any]) -> Tensor:
+    """Sum and a few values of each tensor of real numbers among arguments: other pictures give others."""
+    pixels = [value.flatten() for value in call.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    marks = [
+        part for one in pixels for part in (one.sum(dtype=torch.float32)[None], one[:: max(1, len(one) // SAMPLES)])
+    ]
+    return torch.cat([mark.float() for mark in marks]) if marks else torch.empty(0, device="cpu")
 
 
 def expand_items(lengths: list[int], counts: list[int]) -> list[int]:
