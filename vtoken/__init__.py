@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for type checkers what `_HOMES` is for Python
     from vtoken.context import ItemLayout as ItemLayout
     from vtoken.context import TowerContext as TowerContext
     from vtoken.context import VisualContext as VisualContext
+    from vtoken.drawing import draw as draw
     from vtoken.encoder import EncoderRead as EncoderRead
     from vtoken.light import LightLayer as LightLayer
     from vtoken.reducers import *  # noqa: F403
@@ -49,6 +50,7 @@ _HOMES = {
     "TowerContext": "context",
     "VisualContext": "context",
     "budget": "budget",
+    "draw": "drawing",
     "get_reducer": "registry",
     "list_presets": "registry",
     "list_reducers": "registry",

@@ -6,24 +6,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
+from vtoken.drawing import kept, seen, shade
 from vtoken.eval.comparison.regressions import Regression, worst_regressions
 from vtoken.eval.comparison.runs import Run
 from vtoken.eval.errors import EvalError
 from vtoken.eval.model.preprocessing import as_jpeg, media
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from vtoken.tokenmap import TokenMap
-
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-LONG_EDGE = 384  # pixels of a drawn picture
-QUALITY = 88  # of its JPEG
-BEFORE, INSIDE = 0.78, 0.45  # how dark: dropped before the decoder, dropped inside it
+QUALITY = 88  # of the JPEG
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,7 @@ def draw(regression: Regression, model: Any) -> Picture:
     config = regression.run.config
     task = load_task(config["task"]["name"], config["model"]["model_type"])
     talk = ChatMessages(messages=task.doc_to_messages(task.eval_docs[regression.doc_id])).to_hf_messages()
-    images = [_seen(image, model.processor) for image in media([talk], "image")]
+    images = [seen(image, model.processor) for image in media([talk], "image")]
     if not images or media([talk], "video"):
         raise EvalError("only questions about images can be drawn.")
     inputs = model.encode([talk])
@@ -122,42 +114,7 @@ def draw(regression: Regression, model: Any) -> Picture:
         tokens = vtoken.token_map(model.model, inputs, [(image.height, image.width) for image in images])
     finally:
         model.use(None)
-    first, last = (_kept(tokens, choose) for choose in (min, max))
+    first, last = (kept(tokens, choose) for choose in (min, max))
     image = as_jpeg(shade(images[0], tokens), QUALITY)
     text = " ".join(media([talk], "text"))
     return Picture(regression, text, image, len(tokens), int(first.sum()), int(last.sum()))
-
-
-def _seen(image: Image, processor: Any) -> Image:
-    """What the model sees of an image: a processor that crops scales the short edge to the crop's and cuts the rest."""
-    image = image.convert("RGB")
-    if not getattr(processor.image_processor, "do_center_crop", False):
-        return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
-def _kept(tokens: TokenMap, choose: Callable) -> np.ndarray:
-    """Which tokens are there after the first (min) or the last (max) cut."""
-    if not tokens.kept:
-        return np.ones(len(tokens), bool)
-    return tokens.kept[choose(tokens.kept)].numpy()
-
-
-def shade(image: Image, tokens: TokenMap) -> Image:
-    """The first image of a prompt: as it is where a token is kept, darker where it is dropped inside the decoder, dark
-    where it never entered. Where views overlap, the token that is kept longest counts.
-    """
-    from PIL import Image as Pillow
-
-    scale = LONG_EDGE / max(image.size)
-    large = image.resize((round(image.width * scale), round(image.height * scale)))
-    dark = np.full((large.height, large.width), BEFORE)
-    first, last = _kept(tokens, min), _kept(tokens, max)
-    levels = np.where(last, 0.0, np.where(first, INSIDE, BEFORE))
-    for box, level, number in zip(tokens.box.numpy() * scale, levels, tokens.image.tolist(), strict=True):
-        if number == 0 and not np.isnan(box).any():
-            x0, y0, x1, y1 = np.rint(box).astype(int).clip(0)
-            dark[y0:y1, x0:x1] = np.minimum(dark[y0:y1, x0:x1], level)
-    return Pillow.fromarray((np.asarray(large) * (1 - dark[..., None])).astype(np.uint8))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from vtoken.cli import catalogue, compare, profile, report, sweep, tasks, train_gate, train_scorer
+from vtoken.cli import catalogue, compare, profile, report, show, sweep, tasks, train_gate, train_scorer
 
 app = typer.Typer(
     name="vtoken",
@@ -21,6 +21,7 @@ app.command("list")(catalogue.list_command)
 app.command("compare")(compare.compare_command)
 app.command("sweep")(sweep.sweep_command)
 app.command("report")(report.report_command)
+app.command("show")(show.show_command)
 app.command("profile")(profile.profile_command)
 app.command("tasks")(tasks.tasks_command)
 app.command("train-gate")(train_gate.train_gate_command)

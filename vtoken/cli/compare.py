@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vtoken.cli.cells import run_cells, show_cells
-from vtoken.cli.console import sentences
+from vtoken.cli.console import items, sentences
 from vtoken.cli.finished import Format, compare_finished
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def compare_command(
     With RESULTS, compare what is finished: vtoken compare A B.
     """
     overrides = {
-        "models": _items(model),
-        "tasks": _items(tasks),
-        "reducers": _items(reducers),
-        "keep": _items(keep),
+        "models": items(model),
+        "tasks": items(tasks),
+        "reducers": items(reducers),
+        "keep": items(keep),
         "limit": limit,
         "batch_size": batch_size,
     }
@@ -79,19 +79,6 @@ def _nothing_else(options: dict[str, Any]) -> None:
         if value is not None:
             option = f"--{name}".removesuffix("s" * (name == "models")).replace("_", "-")
             raise ValueError(f"{option} says what to run, but finished results are given and nothing is run: omit one.")
-
-
-def _items(text: str | None) -> list[Any] | None:
-    """A list with commas, as YAML reads it: numbers are numbers, and mappings in braces are possible."""
-    import yaml
-
-    if text is None:
-        return None
-    try:
-        found = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
-        found = [part.strip() for part in text.split(",")]
-    return [item for item in found if item is not None]
 
 
 def _prepare(overrides: dict[str, Any], name: str, folder: Path) -> tuple[Sweep, list[Cell], Store]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -37,3 +38,16 @@ def sentences() -> Iterator[None]:
     except (ValueError, TypeError, OSError) as error:
         err().print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(WRONG_INPUT) from None
+
+
+def items(text: str | None) -> list[Any] | None:
+    """A list with commas, as YAML reads it: numbers are numbers, and mappings in braces are possible."""
+    import yaml
+
+    if text is None:
+        return None
+    try:
+        found = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        found = [part.strip() for part in text.split(",")]
+    return [item for item in found if item is not None]

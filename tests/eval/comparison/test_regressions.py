@@ -8,9 +8,10 @@ from finished import save_run
 from PIL import Image
 
 import vtoken
+from vtoken.drawing import BEFORE, INSIDE, LONG_EDGE, shade
 from vtoken.eval.comparison.regressions import worst_regressions
 from vtoken.eval.comparison.runs import Run, runs_of
-from vtoken.eval.report.pictures import BEFORE, INSIDE, LONG_EDGE, draw_regressions, shade
+from vtoken.eval.report.pictures import draw_regressions
 from vtoken.eval.store.results import Store
 
 CONFIG = {"model": {"pretrained": "m"}, "task": {"name": "t"}, "reducer": {"reducer": "x", "keep": 0.5}}
