@@ -25,6 +25,17 @@ def test_what_is_listed_is_what_reducers_say():
     assert shipped == json.loads(json.dumps(catalogue())), "run python -m vtoken.cli.describe"
 
 
+def test_version():
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert done.stdout == f"vtoken {vtoken.__version__}\n"
+
+
+def test_a_reducer_is_named_by_what_differs_from_its_defaults():
+    assert str(vtoken.get_reducer("idpruner", keep=0.1)) == "idpruner,keep=0.1"
+    assert str(vtoken.get_reducer("idpruner", keep=0.1, lam=0.9)) == "idpruner,keep=0.1,lam=0.9"
+
+
 def test_lists_by_pattern():
     done = CliRunner().invoke(app, ["list", "*pru*"])
     assert "idpruner" in done.stdout

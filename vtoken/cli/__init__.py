@@ -6,15 +6,16 @@ All of these files are imported for any command: what takes long to import belon
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+import vtoken
 from vtoken.cli import catalogue, compare, profile, report, show, sweep, tasks, train_gate, train_scorer
 
 app = typer.Typer(
     name="vtoken",
-    help="Fewer visual tokens for vision-language models, without training.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("list")(catalogue.list_command)
@@ -26,6 +27,24 @@ app.command("profile")(profile.profile_command)
 app.command("tasks")(tasks.tasks_command)
 app.command("train-gate")(train_gate.train_gate_command)
 app.command("train-scorer")(train_scorer.train_scorer_command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"vtoken {vtoken.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fewer visual tokens for vision-language models, without training.
+
+    Exit codes: 0 done, 1 something failed, 2 wrong input, 130 interrupted.
+    """
 
 
 def main() -> None:

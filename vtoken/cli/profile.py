@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
+from rich.progress import track
 from rich.table import Table
 
 from vtoken.cli.console import err, out, sentences
@@ -103,7 +104,7 @@ def _measure(
     from vtoken.profile.breakeven import Point, break_even
 
     points, counts = [], sorted({max(tokens // 4, 1), max(tokens // 2, 1), tokens})
-    for count in counts:
+    for count in track(counts, "measuring", console=err(), transient=True):
         inputs = synthetic_inputs(model, batch, count)
         found = profile(model, reducer, inputs, new_tokens=new_tokens, rounds=rounds, attention=attn)
         before, after = found.unpruned.milliseconds["prefill"].median, found.reduced.milliseconds["prefill"].median
@@ -154,7 +155,7 @@ def _table(reports: list[dict[str, Any]], titles: list[str]) -> Table:
         table.add_row(label, *cells)
     for label, text in (
         ("prefill speed-up / FLOP ratio", lambda report: f"{report['efficiency']:.2f}"),
-        ("break-even, visual tokens", lambda report: _break_even(report["break_even"])),
+        ("break-even, visual tokens", _break_even),
         ("answers per second", lambda report: f"{report['samples_per_second']['reduced']:.3g}"),
     ):
         table.add_row(label, *(cell for report in reports for cell in ("", text(report), "")))
@@ -172,8 +173,13 @@ def _bytes(value: float) -> str:
     return f"{value / 2**20:,.1f} MiB"
 
 
-def _break_even(value: float | None) -> str:
-    return "none in this range" if value is None else f"{value:.0f}"
+def _break_even(report: dict[str, Any]) -> str:
+    if report["break_even"] is not None:
+        return f"{report['break_even']:.0f}"
+    measured = [point["tokens"] for point in report["break_even_points"]]
+    return (
+        f"none: selecting costs more than it saves at {', '.join(map(str, measured))}" if measured else "one size only"
+    )
 
 
 def _caption(reports: list[dict[str, Any]]) -> str:

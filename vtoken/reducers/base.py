@@ -122,7 +122,10 @@ class Reducer:
         return {"reducer": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}}
 
     def __str__(self) -> str:
-        return ",".join([self.name, *(f"{k}={v}" for k, v in self.config().items() if k != "reducer")])
+        """Name, budget, and what differs from the defaults."""
+        given = [f for f in dataclasses.fields(self) if f.init]
+        told = [f"{f.name}={v}" for f in given if (v := getattr(self, f.name)) != f.default or f.name == "keep"]
+        return ",".join([self.name, *told])
 
 
 @dataclass(frozen=True)
