@@ -35,11 +35,13 @@ def test_pip_refuses_only_what_is_older_than_tested():
 @pytest.mark.parametrize("version", ["5.25.0", "5.25.0.dev0", "6.1", "5.4.0", "4.57.1"])
 def test_an_untried_transformers_is_warned_of_in_one_sentence(version, monkeypatch, llava):
     model, inputs = llava
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(compat.transformers, "__version__", version)
     with pytest.warns(UserWarning, match="transformers") as caught:
         vtoken.wrap(model, "uniform", keep=0.5)
-    out = model.generate(**inputs, max_new_tokens=2, **GREEDY)
-    vtoken.unwrap(model)
+    try:
+        out = model.generate(**inputs, max_new_tokens=2, **GREEDY)
+    finally:
+        vtoken.unwrap(model)
     assert [str(warning.message) for warning in caught] == [
         f"transformers {version} is outside of >=5.5,<5.25, the versions that vtoken is tested with: if a result looks "
         'odd, pip install "transformers>=5.5,<5.25".'
@@ -50,7 +52,7 @@ def test_an_untried_transformers_is_warned_of_in_one_sentence(version, monkeypat
 
 @pytest.mark.parametrize("version", ["5.5.0", "5.9.1", "5.23.0", "5.24.1"])
 def test_a_tested_one_is_not(version, monkeypatch, llava):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(compat.transformers, "__version__", version)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vtoken.wrap(llava[0], "uniform", keep=0.5)

@@ -9,6 +9,7 @@ version number compared. This file must not know models, reducers or the engine.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
@@ -74,14 +75,14 @@ def _renamed(kwargs: dict[str, Any], old: str, new: str) -> dict[str, Any]:
 
 def hook(act: Callable[[Any, tuple, dict[str, Any]], Any]) -> Callable[[Any, tuple, dict[str, Any]], Any]:
     """A forward pre-hook that calls ``act`` in our words and hands its answer on in those of the call."""
+    return functools.partial(_translated, act)
 
-    def pre(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if NEW_CACHE not in kwargs:
-            return act(module, args, kwargs)
-        answer = act(module, args, ours(kwargs))
-        return answer if answer is None else (answer[0], worded(answer[1], kwargs))
 
-    return pre
+def _translated(act: Callable, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if NEW_CACHE not in kwargs:
+        return act(module, args, kwargs)
+    answer = act(module, args, ours(kwargs))
+    return answer if answer is None else (answer[0], worded(answer[1], kwargs))
 
 
 def call_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
