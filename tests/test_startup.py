@@ -8,16 +8,14 @@ import ast
 import json
 import subprocess
 import sys
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 import vtoken
-from vtoken import registry, versions, wrapping
+from vtoken import registry, wrapping
 
 HEAVY = {
     *("torch", "transformers", "numpy", "tokenizers", "safetensors", "torchvision", "triton", "accelerate", "peft"),
@@ -148,26 +146,3 @@ def test_reducers_of_the_user_are_listed(monkeypatch):
 
     assert vtoken.list_reducers("m*e") == ["mine"]
     assert vtoken.get_reducer("mine") == Mine()
-
-
-def test_the_tested_versions_are_those_of_pyproject():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert f"transformers{versions.TESTED}" in project["dependencies"]
-
-
-@pytest.mark.parametrize("version", ["5.24.0", "5.24.0.dev0", "6.1", "5.4.0", "4.57.1"])
-def test_untried_transformers_are_refused_in_one_sentence(version, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
-    with pytest.raises(RuntimeError) as caught:
-        vtoken.wrap(torch.nn.Linear(1, 1), "random")
-    assert str(caught.value) == (
-        f"transformers {version} is outside of >=5.5,<5.24, the versions that vtoken is tested with: "
-        'pip install "transformers>=5.5,<5.24".'
-    )
-
-
-@pytest.mark.parametrize("version", ["5.5.0", "5.9.1", "5.23.0"])
-def test_tested_transformers_are_not(version, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
-    with pytest.raises(TypeError, match="No adapter knows the model Linear"):
-        vtoken.wrap(torch.nn.Linear(1, 1), "random")

@@ -8,7 +8,6 @@ prompt, and nothing can be dropped inside of the decoder.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from vtoken.adapters import Adapter, adapter_for
 from vtoken.adapters.base import MODALITIES
+from vtoken.compat import takes_encoded
 from vtoken.context import Cut
 from vtoken.engine.encode import encode, real_tokens
 from vtoken.engine.group import Group
@@ -114,7 +114,7 @@ def _check(model: nn.Module, adapter: Adapter, reducer: Reducer) -> None:
             "use vtoken.wrap, or a reducer that acts before the language model."
         )
     outer = adapter.outer
-    if outer is not None and "mm_encoder_outputs" not in inspect.signature(outer.forward).parameters:
+    if outer is not None and not takes_encoded(outer):
         raise NotImplementedError(
             f"{type(model).__name__} accepts no encoded pictures (mm_encoder_outputs) in this transformers version: "
             "use vtoken.wrap, or transformers >= 5.18."

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from vtoken import compat
 from vtoken.adapters import Adapter, adapter_for
 from vtoken.engine.session import Session
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
 from vtoken.stats import Stats
-from vtoken.versions import check_transformers
 
 Model = TypeVar("Model", bound=nn.Module)
 ATTRIBUTE = "_vtoken_session"
@@ -92,10 +92,15 @@ def wrap(
         If the reducer or a parameter is unknown, or the model is wrapped already.
     TypeError
         If no adapter knows the model.
-    RuntimeError
+    NotImplementedError
+        If a module of the model takes other arguments than vtoken knows how to change.
+
+    Warns
+    -----
+    UserWarning
         If the installed transformers is none of those that vtoken is tested with.
     """
-    check_transformers()
+    compat.warn_if_untested(2)
     if (active := session_of(model)) is not None:
         raise ValueError(f"The model is wrapped already, with {active.reducer}: call vtoken.unwrap(model) first.")
     built = get_reducer(reducer, **params)

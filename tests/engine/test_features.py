@@ -117,6 +117,17 @@ def test_static_cache_with_a_compiled_decode_step(family, positions):
 
 
 @every_core
+def test_a_coming_layer_is_read_in_a_static_cache(family):
+    """Its mask has free columns behind the prompt, also where an earlier layer has dropped tokens."""
+    model, inputs = tiny.make(family, (1, 2))
+    with vtoken.reduce(model, "pyramiddrop", keep=0.3):
+        wanted = generate(model, inputs, 4)
+        kept = vtoken.stats(model).layers
+        assert torch.equal(generate(model, inputs, 4, cache_implementation="static"), wanted)
+        assert vtoken.stats(model).layers == kept
+
+
+@every_core
 def test_torch_compile_of_the_model(family):
     model, inputs = tiny.make(family, (1, 2))
     with vtoken.reduce(model, PLANS["both"]), torch.no_grad():

@@ -555,10 +555,10 @@ def oracle(adapter: Adapter, plan: TestReducer, visual: Tensor, real: Tensor, le
 def absent(forward: Callable, state: dict[str, Tensor], hidden: Tensor, **kwargs: Any) -> Tensor:
     """A layer on the rows of ``state["valid"]`` alone; the others come out as zeros, which nothing looks at."""
     out = torch.zeros_like(hidden)
-    given = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "past_key_values")}
+    given = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "cache")}
     for row, valid in enumerate(state["valid"]):
         keep = valid.nonzero()[:, 0]
-        cut = {**given, "position_ids": None, "attention_mask": None, "past_key_values": None}
+        cut = {**given, "position_ids": None, "attention_mask": None}
         if given.get("position_embeddings") is not None:
             cut["position_embeddings"] = [table[..., :, keep, :] for table in given["position_embeddings"]]
         out[row, keep] = forward(hidden[row : row + 1, keep], **cut)[0]

@@ -10,24 +10,21 @@ What a layer remembers of its pruning (`Pruned`) lives in that layer and nowhere
 pruned one by changing its class, so that its identity, on which compiled graphs are guarded, stays; ``reset`` changes
 it back. Static layers count in tensors and cannot be virtual: they stay physical.
 
-The only file that knows the versions of transformers' cache. It must not know masks, models or reducers.
+It must not know masks, models or reducers.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
+from vtoken.compat import CROPS_TO_A_LENGTH
 from vtoken.ops.ragged import compact, gather
-
-_CROPS_TO_A_LENGTH = "tokens_to_remove" not in inspect.signature(DynamicLayer.crop).parameters
-"""Whether a positive argument of ``crop`` is a length to crop to (transformers < 5.14); it is refused since."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +115,20 @@ class _PrunedLayer(CacheLayerMixin):
         return _rebuilt, (self.stock, state)
 
 
+class _PhysicalLayer(_PrunedLayer):
+    """A static layer, which counts what it stores."""
+
+    def crop(self, amount: int) -> None:
+        """Remove the newest tokens; which columns hold those of the prompt's end, the layer does not know."""
+        left = int(self.get_seq_length()) - abs(amount)
+        if left < self.pruned.valid.shape[1]:
+            raise NotImplementedError(
+                f"A pruned {self.stock.__name__} cannot be cropped into its prompt, of which it does not hold all: "
+                "crop less, or use a dynamic cache."
+            )
+        super().crop(amount)  # type: ignore[misc]
+
+
 class _VirtualLayer(_PrunedLayer):
     """A dynamic layer whose logical length exceeds what it stores."""
 
@@ -135,11 +146,11 @@ class _VirtualLayer(_PrunedLayer):
         return length - self.pruned.dropped, self.pruned.dropped
 
     def crop(self, amount: int) -> None:
-        """Remove the newest tokens of the logical sequence, see `_CROPS_TO_A_LENGTH`."""
+        """Remove the newest tokens of the logical sequence, see `CROPS_TO_A_LENGTH`."""
         logical = self.get_seq_length()
-        if amount > 0 and not _CROPS_TO_A_LENGTH:
+        if amount > 0 and not CROPS_TO_A_LENGTH:
             super().crop(amount)  # type: ignore[misc]  # raises the stock error
-        absolute = amount > 0 or (amount == 0 and _CROPS_TO_A_LENGTH)
+        absolute = amount > 0 or (amount == 0 and CROPS_TO_A_LENGTH)
         length = amount if absolute else max(logical + amount, 0)
         gone = max(logical - length, 0)
         if gone > self._stored() - self.pruned.valid.shape[1]:
@@ -183,7 +194,7 @@ _CLASSES: dict[type, type] = {}
 def _pruned_class(stock: type) -> type:
     """The pruned kind of a layer class; offloaded, quantized and other layers get theirs when they are met."""
     if stock not in _CLASSES:
-        mixin = _PrunedLayer if issubclass(stock, StaticLayer) else _VirtualLayer
+        mixin = _PhysicalLayer if issubclass(stock, StaticLayer) else _VirtualLayer
         # transformers enters subclasses that name a layer type into its table of layers: this one must not
         _CLASSES[stock] = type("Pruned" + stock.__name__, (mixin, stock), {"stock": stock, "_layer_type": None})
     return _CLASSES[stock]

@@ -10,7 +10,6 @@ Shapes: B rows, S new tokens of a call, n of them after a cut, K keys (cached on
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.cache_utils import StaticLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import create_sliding_window_causal_mask
 
+from vtoken.compat import causal_mask
 from vtoken.engine.cache import is_static, logical_length, one_layer, pruned_of, stored_length
 from vtoken.ops.ragged import gather
 
@@ -289,21 +289,17 @@ def build_mask(
     cache: Cache | None,
     position_ids: Tensor | None = None,
 ) -> Any:
-    """The mask of one layer from the 2-D validity of its columns, by transformers' own functions."""
+    """The mask of one layer from the 2-D validity of its columns."""
     kind = layer_type(adapter, layer)
     if "linear" in kind:  # recurrent layers want the padding of the new tokens only
         new = None if mask is None else mask[:, -hidden.shape[1] :]
         return None if new is None or bool(new.all()) else new
-    make: Any = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
-    cache, kwargs = one_layer(cache, layer), dict[str, Any](inputs_embeds=hidden)
+    cache, more = one_layer(cache, layer), dict[str, Any]()
     if kind not in (FULL, SLIDING):  # an indexer, say, looks at the mask itself
-        kwargs["allow_is_causal_skip"] = False
-    if "cache_position" in inspect.signature(make).parameters:  # an argument before transformers 5.10
-        past = cache.get_seq_length() if cache is not None else 0
-        kwargs["cache_position"] = torch.arange(hidden.shape[1], device=hidden.device) + past
+        more["allow_is_causal_skip"] = False
     if position_ids is not None:
-        kwargs["position_ids"] = position_ids
-    return make(config=adapter.language_model.config, attention_mask=mask, past_key_values=cache, **kwargs)
+        more["position_ids"] = position_ids
+    return causal_mask(kind == SLIDING, adapter.language_model.config, mask, cache, hidden, **more)
 
 
 def gather_mask(mask: Any, index: Tensor, valid: Tensor, past: int = 0) -> Any:
@@ -609,11 +605,14 @@ def of_rows(mask: Any, row: Tensor) -> Any:
     return _Rule(lambda batch, head, query, key: mask.mask_mod(row[batch], head, query, key))
 
 
-def new_columns(mask: Any, length: int) -> Any:
-    """A prepared mask without the columns before the ``length`` new tokens."""
+def new_columns(mask: Any, length: int, cache: Cache | None, layer: int) -> Any:
+    """A prepared mask with the columns of ``length`` new tokens alone, for a layer that has not stored them yet.
+
+    They are the last ones, unless the cache is static: then its free columns follow.
+    """
+    first = stored_length(cache, layer) if cache is not None and is_static(cache) else mask.shape[-1] - length
     if not is_block_mask(mask):
-        return mask[..., -length:]
-    first = mask.shape[-1] - length
+        return mask[..., first : first + length]
     return _Rule(lambda batch, head, query, key: mask.mask_mod(batch, head, query, key + first))
 
 

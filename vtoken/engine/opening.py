@@ -6,7 +6,6 @@ These are the hooks before the language model. What they find out they leave in 
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vtoken import compat
 from vtoken.engine import cache as kv
 from vtoken.engine import masks
 from vtoken.engine.forward import TWO_THREADS, Forward, is_inside
@@ -49,7 +49,7 @@ class Opening:
         """Notes where the prompt ends: drafts and generated tokens are no part of it."""
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            start = kv.logical_length(kwargs.get("past_key_values"))
+            start = kv.logical_length(compat.ours(kwargs).get("past_key_values"))
             generation = generation_of(args[0] if args else kwargs.get("inputs"), kwargs, start)
             if generation is None:
                 return original(*args, **kwargs)
@@ -61,22 +61,17 @@ class Opening:
     def static_masks(self, original: Callable) -> Callable:
         """Static caches: generate() prepares 4-D masks before calling forward."""
 
-        def make(*args: Any, attention_mask=None, past_key_values=None, inputs_embeds=None, **kwargs: Any) -> Any:
-            pruned = kv.pruned_of(past_key_values)
-            if pruned is not None:
-                attention_mask = masks.columns_of(past_key_values, 0, inputs_embeds.shape[1], attention_mask)
-                kv.serve(past_key_values, True)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            cache: Any = compat.ours(kwargs).get("past_key_values")
+            if kv.pruned_of(cache) is None:
+                return original(*args, **kwargs)
+            new = kwargs["inputs_embeds"].shape[1]
+            mask = masks.columns_of(cache, 0, new, kwargs.get("attention_mask"))
+            kv.serve(cache, True)
             try:
-                return original(
-                    *args,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    inputs_embeds=inputs_embeds,
-                    **kwargs,
-                )
+                return original(*args, **{**kwargs, "attention_mask": mask})
             finally:
-                if pruned is not None:
-                    kv.serve(past_key_values, False)
+                kv.serve(cache, False)
 
         return make
 
@@ -147,8 +142,7 @@ class Opening:
     def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = kwargs
         if args:  # reading a signature takes as long as a few decoder layers' hooks
-            bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-            call = {**bound, **bound.get("kwargs", {})}
+            call = compat.call_of(module, args, kwargs)
         cache: Any = call.get("past_key_values")
         forward = self._forward_of(cache)
         mask = call.get("attention_mask")

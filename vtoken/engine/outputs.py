@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtoken import compat
 from vtoken.engine import cache as kv
 from vtoken.engine.positions import shift_of
 from vtoken.ops.ragged import restore
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def finish(prefill: Prefill, output: Any) -> Any:
     """Restore the outward shapes of the language model's output and tell the cache what it holds."""
-    cache = output.past_key_values
+    cache = compat.cache_of(output)
     if cache is not None and (prefill.shortened or prefill.hide or kv.pruned_of(cache) is not None):
         remember(prefill, cache)
     if prefill.shortened:

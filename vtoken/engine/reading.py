@@ -184,7 +184,7 @@ class Coming:
         box: list[Attention] = []
         mask, length = self.kwargs.get("attention_mask"), self.hidden.shape[1]
         if masks.is_prepared(mask):
-            mask = masks.new_columns(mask, length)
+            mask = masks.new_columns(mask, length, self.kwargs.get("past_key_values"), self.layer)
         elif isinstance(mask, Tensor):
             mask = mask[:, -length:]
 
@@ -196,7 +196,7 @@ class Coming:
         normed = getattr(self.module, self.adapter.attention_norm)(self.hidden)
         tables = self.kwargs["position_embeddings"]
         with tap(block, read), contextlib.suppress(SeenEnoughError):
-            block(hidden_states=normed, position_embeddings=tables, attention_mask=None, past_key_values=None)
+            block(hidden_states=normed, position_embeddings=tables, attention_mask=None)
         return Attention(box[0].probabilities, box[0].valid)
 
     @torch.no_grad()
@@ -206,8 +206,8 @@ class Coming:
         hidden = gather(self.view.take(self.hidden), index)
         mask = masks.build_mask(self.adapter, self.layer, hidden, valid, None)
         tables = table_rows(self.kwargs["position_embeddings"], self.view, index)
-        kwargs = {**self.kwargs, "position_embeddings": tables, "position_ids": None}
-        kwargs = {**kwargs, "attention_mask": mask, "past_key_values": None}
+        kwargs = {name: value for name, value in self.kwargs.items() if name != "past_key_values"}
+        kwargs |= {"attention_mask": mask, "position_embeddings": tables, "position_ids": None}
         linear = "linear" in masks.layer_type(self.adapter, self.layer)
         with self.aside(), contextlib.nullcontext() if linear else untapped(self.adapter.attention(self.module)):
             output = self.module.forward(hidden, **kwargs)  # not called: hooks and checkpointing are the real run's

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vtoken import compat
 from vtoken.context import Cut
 from vtoken.engine import cache as kv
 from vtoken.engine import masks, outputs
@@ -44,7 +44,9 @@ class Running:
         """Hook the decoder layers, or leave them alone: unpruned passes and most decode steps need nothing there."""
         if needed and not self._watching:
             self._watching = [
-                layer.register_forward_pre_hook(functools.partial(self.layer_pre, i), with_kwargs=True, prepend=True)
+                layer.register_forward_pre_hook(
+                    compat.hook(functools.partial(self.layer_pre, i)), with_kwargs=True, prepend=True
+                )
                 for i, layer in enumerate(self.adapter.layers)
             ]
         elif not needed and self._watching:
@@ -137,7 +139,7 @@ class Running:
     def _prepare_layers(self, forward: Forward, prefill: Prefill, kwargs: dict[str, Any]) -> None:
         self.watch_layers(prefill.moved or bool(self.work.layers))
         for layer, rows in self.work.taps.items():
-            self._check_checkpointing(self.adapter.layers[layer])
+            compat.check_checkpointing(self.adapter.layers[layer], "decoder")
             block = self.adapter.attention(self.adapter.layers[layer])
             store = functools.partial(prefill.record, layer)
             look = functools.partial(prefill.looked_at, layer)
@@ -161,11 +163,16 @@ class Running:
 
     @torch.compiler.disable(reason=COMPILED)
     def _prefill_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict, prefill: Prefill) -> Any:
+        if not args:
+            raise NotImplementedError(
+                f"{type(module).__name__} is given its hidden states by name and not as the first argument, in which "
+                f"vtoken cuts them: {compat.way_out()}."
+            )
         hidden, streams = args[0], len(args[0])
         if several := hidden.dim() == 4:  # residual streams (A, B, n, D), side by side for the reducer
             hidden = hidden.permute(1, 2, 0, 3).flatten(2)
         if index in self.work.layers and prefill.has_visual:
-            self._check_checkpointing(module)
+            compat.check_checkpointing(module, "decoder")
             started = time.perf_counter()
             ctx = prefill.show(index, hidden, module, kwargs)
             cut = self.session.decide(self.session.reducer.at_layer, index, ctx)
@@ -178,15 +185,6 @@ class Running:
         if several:
             hidden = hidden.unflatten(2, (streams, -1)).permute(2, 0, 1, 3)
         return (hidden, *rest), kwargs
-
-    @staticmethod
-    def _check_checkpointing(module: nn.Module) -> None:
-        checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
-        if checkpointing and "__call__" in vars(GradientCheckpointingLayer):
-            raise NotImplementedError(
-                "Cutting inside the decoder under gradient checkpointing needs transformers >= 5.23: "
-                "upgrade, or use a reducer that acts before the language model."
-            )
 
     # ------------------------------------------------------------------ after the language model
     def language_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

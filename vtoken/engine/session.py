@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
+from vtoken import compat
 from vtoken.adapters.base import MODALITIES, Adapter
 from vtoken.context import Cut, VisualContext
 from vtoken.engine.forward import TWO_THREADS, Forward, is_inside
@@ -82,6 +83,7 @@ class Session:
 
     def _attach(self) -> None:
         adapter, opening, running = self.adapter, self.opening, self.running
+        check_signatures(adapter)
         if adapter.outer is not None:
             if adapter.model is not adapter.outer and not self.work.idle:
                 self._before(adapter.model, opening.model_pre)
@@ -115,7 +117,7 @@ class Session:
         forget_compiled()
 
     def _before(self, module: nn.Module, hook: Callable) -> None:
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(compat.hook(hook), with_kwargs=True))
 
     def _replace(self, owner: Any, name: str, make: Callable[[Callable], Callable], default: Any = None) -> None:
         """Put ``make(original)`` in the place of a method of one instance until `detach`."""
@@ -183,6 +185,21 @@ class Session:
     def report(self, stats: Stats | Callable[[], Stats]) -> None:
         """Set the statistics of the last prefill, or what counts them."""
         self._stats = stats
+
+
+def check_signatures(adapter: Adapter) -> None:
+    """Make sure that all which is hooked takes what hooks replace, before a pass fails far from the reason.
+
+    Raises
+    ------
+    NotImplementedError
+        If a module does not, in the installed transformers.
+    """
+    if adapter.outer is not None:
+        compat.check_takes(adapter.outer, ("attention_mask", compat.CACHE))
+    compat.check_takes(adapter.language_model, ("inputs_embeds", "attention_mask", "position_ids", compat.CACHE))
+    for layer in {type(layer): layer for layer in adapter.layers}.values():
+        compat.check_takes(layer, ("attention_mask", compat.CACHE))
 
 
 def forget_compiled() -> None:

@@ -139,7 +139,7 @@ def record_of(output: Any) -> VisionRecord | None:
 
 
 def feature_list(output: Any) -> list[Tensor]:
-    """The per-item features (N_i, D) of a ``get_image_features`` output, whatever the transformers version."""
+    """The per-item features (N_i, D) of a ``get_image_features`` output, which has one tensor or several."""
     features = getattr(output, "pooler_output", output)
     if features is None:  # a model without a projector of its own
         features = output.last_hidden_state

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vtoken import compat
 from vtoken.context import TowerContext
 from vtoken.encoder import EncoderRead, statistic
 from vtoken.precision import without_autocast
@@ -123,9 +123,4 @@ class TowerCut:
                 "(views, patches, width), such as masks or rotary tables, which cannot be cut along: use a reducer "
                 "that acts before the language model."
             )
-        checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
-        if checkpointing and "__call__" in vars(GradientCheckpointingLayer):
-            raise NotImplementedError(
-                "Cutting inside the vision tower under gradient checkpointing needs transformers >= 5.23: "
-                "upgrade, or use a reducer that acts before the language model."
-            )
+        compat.check_checkpointing(module, "vision tower")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vtoken.adapters import adapter_for
+from vtoken.compat import cache_of
 from vtoken.engine.cache import cache_bytes
 from vtoken.profile.attention import fastest_attention
 from vtoken.profile.flops import prefill_flops
@@ -189,7 +190,7 @@ def _side(
         caches: list[int] = []
 
         def prefill() -> None:
-            caches.append(cache_bytes(model(**inputs, use_cache=True, logits_to_keep=1).past_key_values))
+            caches.append(cache_bytes(cache_of(model(**inputs, use_cache=True, logits_to_keep=1))))
 
         peak = peak_bytes(prefill, next(model.parameters()).device)
         flops = prefill_flops(model, inputs)

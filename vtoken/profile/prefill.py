@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtoken.compat import cache_of
 from vtoken.engine.cache import cache_bytes
 from vtoken.profile.clock import now, vision_clock
 from vtoken.reducers.base import Reducer
@@ -100,4 +101,4 @@ def measure_prefill(
 def _prefill(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[float, int]:
     started = now(model)
     out = model(**inputs, use_cache=True, logits_to_keep=1)
-    return (now(model) - started) * 1e3, cache_bytes(out.past_key_values)
+    return (now(model) - started) * 1e3, cache_bytes(cache_of(out))
