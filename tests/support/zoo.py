@@ -22,6 +22,7 @@ from tiny import IMAGE_ID, VIDEO_ID, WIDTH, assemble, image_rows, mrope, text_co
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 import vtoken
 from vtoken.adapters import Adapter, families
@@ -511,12 +512,68 @@ def perception_lm(name):
     return of(name, {}, vision, vision_use_cls_token=True, projector_pooling_ratio=1), square(64, 1)
 
 
+# ---------------------------------------------------------------------------------- types with an adapter of their own
+@kind("llama4")
+def llama4(name):
+    text = {"attention_chunk_size": 14, "layer_types": ["chunked_attention", "full_attention"] * 2}
+    text |= {"no_rope_layers": [1, 0] * 2, "num_local_experts": 4, "interleave_moe_layer_step": 2}
+    text |= {"intermediate_size_mlp": 64}
+    vision = vision_config(vision_output_dim=48, projector_input_dim=48, projector_output_dim=48)
+    vision["intermediate_size"] = 128  # what 2 x 2 patches of the tower are together
+    return of(name, text, vision, boi_token_index=186, eoi_token_index=187, image_token_index=IMAGE_ID), square()
+
+
+@kind("granite4_vision")
+def granite4_vision(name):
+    vision = {**vision_config(hidden_size=64), "model_type": "siglip_vision_model"}
+    qformer = {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 48, "vocab_size": 8}
+    top = {"qformer_config": qformer, "downsample_rate": "1/2", "image_grid_pinpoints": tiny.PINPOINTS}
+    top |= {"deepstack_layer_map": [[-1, 0], [1, 2]], "spatial_target_layers": [1, 3, 1, 3], "image_seq_length": 4}
+    text = {"embedding_multiplier": 2.0, "logits_scaling": 2.0}
+
+    def picture(number, generator):
+        size = tiny.ANYRES_SIZES[number % len(tiny.ANYRES_SIZES)]
+        views = image_size_to_num_patches(list(size), tiny.PINPOINTS, tiny.SIDE)
+        pixels = torch.zeros(1, 5, 3, tiny.SIDE, tiny.SIDE)
+        pixels[:, :views] = torch.randn(1, views, 3, tiny.SIDE, tiny.SIDE, generator=generator)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
+
+    return of(name, text, vision, use_image_newline_parameter=True, image_token_index=IMAGE_ID, **top), picture
+
+
+@kind("qwen4_exp")
+def qwen4_exp(name):
+    text = {**tiny.hybrid_text(), **EXPERTS, **mrope([4, 2, 2], mrope_interleaved=True)}
+    text |= {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
+    text |= {"indexer_compress_ratio": 2, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1, 3], "ple_embed_dim": 16}
+    text |= {"heads_per_ngram": 2, "ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 1}
+    text |= {"layer_types": ["linear_attention", "indexed_attention"] * 2, "split_ngram_parts": 1}
+    return of(name, text, {**QWEN, "num_position_embeddings": 64}), patches(96)
+
+
+@kind("blip-2", "instructblip", "instructblipvideo")
+def blip(name):
+    text = {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": WIDTH, "do_layer_norm_before": True}
+    qformer = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    qformer |= {"encoder_hidden_size": 32, "vocab_size": tiny.VOCAB}
+    top = {"qformer_config": qformer, "num_query_tokens": 6, "image_token_index": IMAGE_ID}
+    top |= {"video_token_index": VIDEO_ID} if name == "instructblipvideo" else {}
+
+    def picture(number, generator):
+        shape = (1, 2, 3, tiny.SIDE, tiny.SIDE) if name == "instructblipvideo" else (1, 3, tiny.SIDE, tiny.SIDE)
+        found = {"pixel_values": torch.randn(shape, generator=generator)}
+        if name != "blip-2":
+            found["qformer_input_ids"] = torch.randint(10, 90, (1, 5), generator=generator)
+            found["qformer_attention_mask"] = torch.ones(1, 5, dtype=torch.long)
+        return found
+
+    return of(name, text, vision_config(), **top), picture
+
+
 # -------------------------------------------------------------------------------------------------------------- refused
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64}
 CHANGES = {
     "chameleon": {"vocabulary_map": {"<image>": 3}},
-    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]]},
-    "qwen4_exp": {"text_config": {**INDEXER, "indexer_compress_ratio": 4}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
 }
 """What the usual configuration of a type lacks."""
@@ -602,8 +659,9 @@ def make(name: str, images_per_row: tuple[int, ...] = (1,), seed: int = 0, attn:
 
 SLIDERS = ("cohere_compass", "dots3_note", "exaone4_5", "gemma3n", "gemma4", "gemma4_unified", "lfm3_vl")
 SLIDERS += ("muse_glimmer", "muse_spark", "shieldgemma2", "step3p7")
-DYNAMIC = (*SLIDERS, "hyperclovax_vision_v2")
-"""Types that refuse static caches: a window that is shorter than the prompts, or positions counted by the cache."""
+DYNAMIC = dict.fromkeys(SLIDERS, "sliding window of 14 tokens")
+DYNAMIC |= {"hyperclovax_vision_v2": "counts positions by the cache", "llama4": "chunks of 14 tokens"}
+"""Types that refuse static caches, and why: windows that are shorter than the prompts, or positions."""
 CLIPS = dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), IMAGE_ID)
 CLIPS |= dict.fromkeys(("cohere_compass", "cosmos3_omni", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl"), VIDEO_ID)
 CLIPS |= dict.fromkeys(("muse_glimmer", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "video_llama_3"), VIDEO_ID)

@@ -59,6 +59,13 @@ class Running:
             return None
         return prefill.group.relative, prefill.group.valid
 
+    def places(self) -> tuple[Tensor, int] | None:
+        """See `AdapterHooks.places`."""
+        prefill = self.session.prefill
+        if prefill is None or not prefill.shortened:
+            return None
+        return prefill.group.index + prefill.past, prefill.past
+
     # ------------------------------------------------------------------ before the language model
     def language_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Begins a prefill, or lets a step go on where compact position ids ended."""
@@ -73,8 +80,9 @@ class Running:
 
     @torch.compiler.disable(reason=COMPILED)
     def _language_pre(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.adapter.outer is None:
-            kwargs = self.session.opening.bare_pre(kwargs)
+        forward = self.session.forward
+        if self.adapter.outer is None or forward is None or not forward.entered:
+            kwargs = self.session.opening.bare_pre(kwargs)  # a model without an outer module, or past it
         forward = self.session.forward
         if forward is None or forward.kinds is None or not forward.records:
             pruned = kv.pruned_of(kwargs.get("past_key_values"))
@@ -95,7 +103,8 @@ class Running:
         prompt = self._prompt(forward, kwargs, real, past)
         visibility = masks.Visibility(self.adapter, kwargs, cache, real, prompt.document, past)
         hide = session.backend == "mask"
-        prefill = Prefill(self.adapter, prompt, visibility, embeds, session.reducer.newlines, hide)
+        shown = self.adapter.shown(kwargs)
+        prefill = Prefill(self.adapter, prompt, visibility, shown, session.reducer.newlines, hide)
         forward.prefill = prefill  # the layers' hooks act from here on
         ctx = prefill.context
         stats = Stats(ctx.tokens, prompt.placed.row, self.work.depth, forward.asked)
