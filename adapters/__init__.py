@@ -24,6 +24,7 @@ from vtoken.adapters.qformer import QFormerAdapter
 from vtoken.adapters.qwen3_vl import Qwen3VLAdapter
 from vtoken.adapters.qwen4 import Qwen4Adapter
 from vtoken.adapters.qwen_vl import QwenVLAdapter
+from vtoken.adapters.recounting import Glm5NextAdapter, InklingAdapter, MiniMaxM3Adapter
 from vtoken.adapters.tiles import TilesAdapter
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -40,6 +41,9 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Granite4VisionAdapter,
     Qwen4Adapter,
     QFormerAdapter,
+    InklingAdapter,
+    MiniMaxM3Adapter,
+    Glm5NextAdapter,
     GenericAdapter,
 )
 

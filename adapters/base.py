@@ -45,7 +45,9 @@ class Adapter:
     pixel_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "pixel_values_images")
     recounts: ClassVar[bool] = False
     """Whether windows and distances are counted over the tokens that are left, as in a shorter prompt."""
-    limits: Mapping[str, str] = {}
+    kind_names: ClassVar[Mapping[str, str]] = {}
+    """Kinds of decoder layers by the name that the config has for them, where that is not transformers' usual one."""
+    limits: ClassVar[Mapping[str, str]] = {}
     """What is not served, `BETWEEN`, `KEPT_POSITIONS` or `HIDING`, and why: a clause for a sentence."""
     attention_norm: ClassVar[str] = "input_layernorm"
     """Name of the norm before the attention of a decoder layer."""

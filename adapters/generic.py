@@ -214,6 +214,9 @@ class GenericAdapter(Adapter):
     def install(self, hooks: AdapterHooks) -> None:
         if hasattr(self.language_model, "_deepstack_process"):
             follow_deepstack(hooks, self.language_model)
+        for layer in self.layers:
+            if "conv_mask" in inspect.signature(layer.forward).parameters:
+                hooks.replace(layer, "forward", _padded(hooks))
 
     # ------------------------------------------------------------------ pictures
     @property
@@ -533,3 +536,17 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, Mapping | list | tuple):
             yield from _tensors(value)
+
+
+def _padded(hooks: AdapterHooks) -> Callable[[Callable], Callable]:
+    """A layer whose convolutions are told of the padding that a cut inside of the decoder made."""
+
+    def make(original: Callable) -> Callable:
+        def forward(*args: Any, conv_mask: Tensor | None = None, **kwargs: Any) -> Any:
+            if (left := hooks.rows()) is not None:
+                conv_mask = None if bool(left[1].all()) else left[1].to(args[0].device)
+            return original(*args, conv_mask=conv_mask, **kwargs)
+
+        return forward
+
+    return make

@@ -53,6 +53,8 @@ class QFormerAdapter(GenericAdapter):
 
     def install(self, hooks: AdapterHooks) -> None:
         super().install(hooks)
+        if self.language_model.config.model_type == "opt":
+            hooks.replace(self.generator, "forward", _placed)
 
         def make(original: Callable) -> Callable:
             def generate(*args: Any, **kwargs: Any) -> Any:
@@ -85,3 +87,15 @@ class QFormerAdapter(GenericAdapter):
 
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[Any]:
         return [single_view(*squarest_grid(length)) for length in lengths]
+
+
+def _placed(original: Callable) -> Callable:
+    """OPT counts its positions by the mask, where these are not given; that must be the mask of the whole prompt."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        if kwargs.get("position_ids") is None and embeds is not None and isinstance(mask, Tensor) and mask.dim() == 2:
+            kwargs["position_ids"] = (mask.long().cumsum(1) * mask.long() - 1)[:, -embeds.shape[1] :]
+        return original(*args, **kwargs)
+
+    return forward

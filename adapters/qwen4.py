@@ -34,24 +34,8 @@ class Qwen4Adapter(GenericAdapter):
             return
         positions = _Positions(self.language_model.rotary_emb.forward, hooks)
         hooks.replace(self.language_model.rotary_emb, "forward", positions.noted)
-        for layer in self.layers:
-            hooks.replace(layer, "forward", _padded(hooks))
         for layer in attending:
             hooks.replace(layer.self_attn, "forward", positions.own(layer is attending[0]))
-
-
-def _padded(hooks: AdapterHooks) -> Callable[[Callable], Callable]:
-    """A layer whose convolutions are told of the padding that a cut inside of the decoder made."""
-
-    def make(original: Callable) -> Callable:
-        def forward(*args: Any, conv_mask: Tensor | None = None, **kwargs: Any) -> Any:
-            if (left := hooks.rows()) is not None:
-                conv_mask = None if bool(left[1].all()) else left[1].to(args[0].device)
-            return original(*args, conv_mask=conv_mask, **kwargs)
-
-        return forward
-
-    return make
 
 
 class _Positions:

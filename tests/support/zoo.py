@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from oracles import ROWWISE, TOKEN_TYPES, TestReducer, masked_oracle
+from oracles import ROWWISE, TOKEN_TYPES, TestReducer, content_score, extended, masked_oracle, runs_of
 from tiny import IMAGE_ID, VIDEO_ID, WIDTH, assemble, image_rows, mrope, text_config, vision_config
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -33,8 +34,21 @@ TIMM = ("fast_vlm", "gemma3n", "perception_lm")
 """Types whose tower comes from timm."""
 ROUNDED = ("nemotron_h_omni",)
 """Types whose recurrent layers scan a prompt in chunks, which rounds otherwise than a scan in steps."""
-UNEQUAL = ("hunyuan_vl", "mistral_large4")
+UNEQUAL = ("hunyuan_vl", "mistral_large4", "inkling_mm_model", "inkling2")
 """Types in which a padded batch differs from its rows without vtoken, too."""
+SHORT = ("inkling_mm_model", "inkling2", "minimax_m3_vl", "glm5_next")
+"""Types in which dropping tokens means a shorter prompt, and that are served before the decoder only."""
+COMPACT = ("inkling_mm_model", "inkling2", "minimax_m3_vl")
+"""Those of them whose positions must be counted anew."""
+UNPADDED = ("minimax_m3_vl",)
+"""Types that are wrong about padded rows without vtoken, too, so that only single rows are compared."""
+ONE_TURN: dict[str, str] = {}
+UNREADABLE = {}
+NO_PEEK: dict[str, str] = {}
+EAGER = ("inkling2",)
+"""Types that know no sdpa."""
+PICTURED = ("blip-2", "instructblip", "instructblipvideo")
+"""Types that cannot be called without a picture."""
 
 Picture = Callable[[int, torch.Generator], dict[str, Tensor]]
 """``picture(number, generator)``: what the processor would give for one picture; numbers differ in size."""
@@ -538,7 +552,8 @@ def granite4_vision(name):
         pixels[:, :views] = torch.randn(1, views, 3, tiny.SIDE, tiny.SIDE, generator=generator)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
 
-    return of(name, text, vision, use_image_newline_parameter=True, image_token_index=IMAGE_ID, **top), picture
+    top |= {"vision_feature_select_strategy": "full", "image_token_index": IMAGE_ID}
+    return of(name, text, vision, **top), picture
 
 
 @kind("qwen4_exp")
@@ -570,6 +585,50 @@ def blip(name):
     return of(name, text, vision_config(), **top), picture
 
 
+@kind("inkling_mm_model")
+def inkling(name):
+    text = {**EXPERTS, "layer_types": ["hybrid_sliding", "hybrid"] * 2, "sliding_window_size": 6, "rel_extent": 8}
+    text |= {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4}
+    text |= {"log_scaling_n_floor": 4, "mlp_layer_types": ["dense", "sparse"] * 2, "conv_kernel_size": 3}
+    vision = {"patch_size": 4, "temporal_patch_size": 2, "hidden_size": 32, "num_hidden_layers": 2}
+    audio = {"n_mel_bins": 4, "mel_vocab_size": 8}
+
+    def picture(number, generator):
+        return {"pixel_values": torch.randn([9, 6, 12][number % 3], 2, 4, 4, 3, generator=generator)}
+
+    return of(name, text, vision, audio_config=audio, audio_token_id=192), picture
+
+
+@kind("inkling2")
+def inkling2(name):
+    text = {**EXPERTS, "layer_types": ["hybrid_sliding", "hybrid"] * 2, "sliding_window_size": 6, "rel_extent": 8}
+    text |= {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4}
+    text |= {"log_scaling_n_floor": 4, "conv_kernel_size": 3, "n_layers_per_attn_res_block": 2}
+    text |= {"unpadded_vocab_size": tiny.VOCAB}
+    vision = vision_config(patch_size=4, posemb_grid_size=8, projection_hidden_dim=48, text_hidden_size=WIDTH)
+    return of(name, text, vision), patches(192, 8, 8, 3)
+
+
+@kind("minimax_m3_vl")
+def minimax_m3(name):
+    text = {**EXPERTS, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "dense_intermediate_size": 48}
+    text |= {"shared_intermediate_size": 32, "rotary_dim": 8, "index_n_heads": 2, "index_head_dim": 16}
+    text |= {"index_block_size": 4, "index_topk_blocks": 2}
+    vision = vision_config(patch_size=4)
+    ids = {"image_token_index": IMAGE_ID, "video_token_index": VIDEO_ID}
+    return of(name, text, vision, **ids, projector_hidden_size=48), patches(96)
+
+
+@kind("glm5_next")
+def glm5_next(name):
+    text = {**EXPERTS, **LATENT, "qk_rope_head_dim": 0, "head_dim": 0, "hc_mult": 2, "linear_num_heads": 4}
+    text |= {"linear_head_dim": 8, "layer_types": ["linear_attention", "indexed_attention"] * 2, "index_topk": 8}
+    text |= {"index_head_dim": 16, "index_n_heads": 16, "index_kpool": 4, "hc_sinkhorn_iters": 2}
+    ids = {"image_start_token_id": 186, "image_end_token_id": 187, "video_start_token_id": 188}
+    vision = {**QWEN, "projection_intermediate_size": 64}
+    return of(name, text, vision, **ids, video_end_token_id=189), patches(96)
+
+
 # -------------------------------------------------------------------------------------------------------------- refused
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64}
 CHANGES = {
@@ -597,6 +656,43 @@ def refusal(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- oracle
 @contextlib.contextmanager
 def oracle(adapter: Adapter, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None = None):
+    """`hidden_oracle`, or `short_oracle` for types in which dropping means a shorter prompt."""
+    family = adapter.model.config.model_type
+    with (short_oracle if family in SHORT else hidden_oracle)(adapter, plan, visual, real, lengths):
+        yield
+
+
+@contextlib.contextmanager
+def short_oracle(adapter: Adapter, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None):
+    """The stock language model on a prompt without the dropped tokens, with positions counted anew."""
+    assert plan.before is not None
+    assert not plan.at
+
+    def cut(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        embeds = kwargs["inputs_embeds"]
+        there = torch.cat([real, real.new_ones(len(real), embeds.shape[1] - real.shape[1])], 1)
+        for row, runs in enumerate(runs_of(visual, lengths)):
+            for run in runs:
+                scores = content_score(embeds[row, run])
+                number = int((torch.tensor(float(len(run))) * plan.before).round())
+                there[row, run[scores.sort(descending=True, stable=True).indices[number:]]] = False
+        width = int(there.sum(1).max())
+        short, mask = embeds.new_zeros(len(embeds), width, embeds.shape[2]), there.new_zeros(len(there), width)
+        for row, keep in enumerate(there):
+            number = int(keep.sum())
+            short[row, width - number :], mask[row, width - number :] = embeds[row, keep], True
+        ids = (mask.cumsum(1) - 1).clamp(min=0)
+        return args, {**kwargs, "inputs_embeds": short, "attention_mask": mask.long(), "position_ids": ids}
+
+    handle = adapter.language_model.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def hidden_oracle(adapter: Adapter, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None = None):
     """`masked_oracle`, in which a recurrent layer sees the rows that are left, one batch row at a time."""
     recurrent = [layer for layer in adapter.layers if not adapter.has_attention(layer)]
     with masked_oracle(adapter.language_model, plan, visual, real, lengths) as state:
@@ -615,11 +711,21 @@ def absent(forward: Callable, state: dict[str, Tensor], hidden: Tensor, **kwargs
     given = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "past_key_values")}
     for row, valid in enumerate(state["valid"]):
         keep = valid.nonzero()[:, 0]
-        cut = {**given, "position_ids": None, "attention_mask": None, "past_key_values": None}
+        cut = {name: one_row(value, row, keep, valid.shape) for name, value in given.items()}
+        cut |= {"position_ids": None, "attention_mask": None, "past_key_values": None}
         if given.get("position_embeddings") is not None:
             cut["position_embeddings"] = [table[..., :, keep, :] for table in given["position_embeddings"]]
+        if "conv_mask" in given:
+            cut["conv_mask"] = None
         out[row, keep] = forward(hidden[row : row + 1, keep], **cut)[0]
     return out
+
+
+def one_row(value: Any, row: int, keep: Tensor, shape: torch.Size) -> Any:
+    """An argument of a layer that has a number for each token, as it would be for the tokens of one row alone."""
+    if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1:] == shape:
+        return value[row : row + 1, keep]
+    return value
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
@@ -648,10 +754,12 @@ def make(name: str, images_per_row: tuple[int, ...] = (1,), seed: int = 0, attn:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     model, picture = BUILDERS[name]()
-    settle(model, generator, attn)
+    settle(model, generator, "eager" if name in EAGER else attn)
     pictures = [picture(number, generator) for number in range(sum(images_per_row))]
     lengths = [features(model, found) for found in pictures]
     inputs = {**assemble(image_rows(lengths, images_per_row), generator), **joined(pictures)}
+    if name in CLIPS_ONLY:
+        inputs["input_ids"].masked_fill_(inputs["input_ids"] == IMAGE_ID, VIDEO_ID)
     for types in TOKEN_TYPES & inspect.signature(model.forward).parameters.keys():
         inputs[types] = (inputs["input_ids"] == IMAGE_ID).long()
     return Case(model, inputs, pictures, images_per_row)
@@ -660,12 +768,15 @@ def make(name: str, images_per_row: tuple[int, ...] = (1,), seed: int = 0, attn:
 SLIDERS = ("cohere_compass", "dots3_note", "exaone4_5", "gemma3n", "gemma4", "gemma4_unified", "lfm3_vl")
 SLIDERS += ("muse_glimmer", "muse_spark", "shieldgemma2", "step3p7")
 DYNAMIC = dict.fromkeys(SLIDERS, "sliding window of 14 tokens")
+DYNAMIC |= dict.fromkeys(("inkling_mm_model", "inkling2"), "sliding window of 6 tokens")
 DYNAMIC |= {"hyperclovax_vision_v2": "counts positions by the cache", "llama4": "chunks of 14 tokens"}
 """Types that refuse static caches, and why: windows that are shorter than the prompts, or positions."""
 CLIPS = dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), IMAGE_ID)
 CLIPS |= dict.fromkeys(("cohere_compass", "cosmos3_omni", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl"), VIDEO_ID)
 CLIPS |= dict.fromkeys(("muse_glimmer", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "video_llama_3"), VIDEO_ID)
 """Types whose clips are tested, and the placeholder that they stand behind."""
+CLIPS_ONLY = ("instructblipvideo",)
+"""Types that take no pictures, only clips."""
 CLIP_TOKENS = 24
 
 
@@ -684,6 +795,56 @@ def clips(name: str) -> Case:
     return Case(case.model, inputs, [], (0, 0))
 
 
+def longer(model: nn.Module, inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """`extended`, without positions where a model would give them to its Q-Former too; it counts them by the mask."""
+    out = extended(model, inputs, tokens)
+    if model.config.model_type in PICTURED:
+        del out["position_ids"]
+    return out
+
+
+def positions(name: str) -> dict[str, str]:
+    """Options of `vtoken.wrap` that a type needs."""
+    return {"positions": "compact"} if name in COMPACT else {}
+
+
+def batch(name: str, *images_per_row: int) -> tuple[int, ...]:
+    """Pictures in the rows of a batch of a type."""
+    return images_per_row[:1] if name in UNPADDED else images_per_row
+
+
+def next_turn(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """``inputs`` that go on with text up to ``ids`` (B, L), without pictures."""
+    more = ids.shape[1] - inputs["input_ids"].shape[1]
+    out = {"input_ids": ids}
+    for name in ROWWISE & inputs.keys() - {"input_ids"}:
+        value = 1 if name == "attention_mask" else 0
+        out[name] = torch.nn.functional.pad(inputs[name], (0, more), value=value)
+    return out
+
+
+def eager_rows(case: Case, block: nn.Module) -> Tensor:
+    """(B, H, Q, K) attention weights of a module of the stock model under eager attention."""
+    source = sys.modules[type(block).__module__]
+    original, found = source.eager_attention_forward, []
+
+    def spy(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = original(module, *args, **kwargs)
+        if module is block:
+            found.append(out[1])
+        return out
+
+    before = block.config._attn_implementation
+    case.model.set_attn_implementation("eager")
+    try:
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(source, "eager_attention_forward", spy)
+            case.model(**case.inputs)
+    finally:
+        case.model.set_attn_implementation(before)
+    return found[0]
+
+
 def joined(pictures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The arguments of several pictures as those of one call."""
     out = {}
@@ -697,7 +858,8 @@ def joined(pictures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def features(model: nn.Module, picture: dict[str, Tensor]) -> int:
     """Visual tokens that the model makes of a picture."""
-    method = find_outer(model).get_image_features
+    outer = find_outer(model)
+    method = outer.get_image_features if hasattr(outer, "get_image_features") else outer.get_video_features
     names = inspect.signature(method).parameters
     with torch.no_grad():
         found = method(**{name: value for name, value in picture.items() if name in names}, return_dict=True)

@@ -46,7 +46,7 @@ def layer_type(adapter: Adapter, layer: int) -> str:
         return LINEAR
     config = adapter.language_model.config
     if types := getattr(config, "layer_types", None):
-        return types[layer]
+        return adapter.kind_names.get(types[layer], types[layer])
     if getattr(config, "sliding_window", None) is None:
         return FULL
     code = vars(sys.modules[type(adapter.language_model).__module__])  # Llama's config may name a window it never uses
@@ -56,7 +56,7 @@ def layer_type(adapter: Adapter, layer: int) -> str:
 def mask_name(adapter: Adapter, layer: int) -> str:
     """Name under which the language model looks up the mask of a layer, where it has several by kind."""
     types = getattr(adapter.language_model.config, "layer_types", None)
-    return types[layer] if types else layer_type(adapter, layer)
+    return adapter.kind_names.get(types[layer], types[layer]) if types else layer_type(adapter, layer)
 
 
 def is_flash(adapter: Adapter) -> bool:
@@ -95,8 +95,6 @@ def window_of(adapter: Adapter, kind: str) -> int | None:
 
 def exceeded_window(adapter: Adapter, first_layer: int, length: int) -> str | None:
     """In words the windows of layers from ``first_layer`` on, if ``length`` tokens are more and there are any."""
-    if adapter.recounts:
-        return None
     kinds = {layer_type(adapter, i) for i in range(first_layer, len(adapter.layers))}
     for kind, words in ((SLIDING, "a sliding window of {} tokens"), (CHUNKED, "chunks of {} tokens")):
         window = window_of(adapter, kind)
@@ -113,7 +111,8 @@ def check_flash_window(adapter: Adapter, first_layer: int, length: int) -> None:
     NotImplementedError
         If ``length`` tokens exceed the window of a layer from ``first_layer`` on.
     """
-    if is_flash(adapter) and (window := exceeded_window(adapter, first_layer, length)) is not None:
+    counted = is_flash(adapter) and not adapter.recounts
+    if counted and (window := exceeded_window(adapter, first_layer, length)) is not None:
         raise NotImplementedError(
             f"Under flash attention {window} would be counted over kept tokens only: "
             "use attn_implementation='sdpa' for prompts that are longer than that."
@@ -130,6 +129,8 @@ def check_turn_window(adapter: Adapter, cache: Any, length: int) -> None:
     """
     if is_static(cache):
         length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
+    elif adapter.recounts:
+        return
     if (window := exceeded_window(adapter, 0, length)) is not None:
         raise NotImplementedError(
             f"This model attends in {window}. Its meaning is kept in a first prompt "
@@ -545,6 +546,8 @@ class Visibility:
             (B, S, D) and (B, n, D): the embeddings before and after the drop.
         """
         columns = self.columns(0, valid)
+        if self.adapter.recounts:  # the masks of a shorter prompt
+            return columns
         whole = self._prepared(full)
 
         def shorter(mask: Any, kind: str | None = None) -> Any:

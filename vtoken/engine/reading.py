@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
     from vtoken.engine.prompt import View
 
+BESIDE = ("position_bias", "sinks", "s_aux")
+"""Arguments of attention that change its rows beside queries, keys and masks."""
+
 
 def attention_rows(
     module: nn.Module,
@@ -57,6 +60,11 @@ def attention_rows(
     Tensor
         (B, H, R, K).
     """
+    if beside := [name for name in BESIDE if kwargs.get(name) is not None]:
+        raise NotImplementedError(
+            f"{type(module).__name__} adds to its logits what only its backend knows ({beside[0]}), so that its "
+            "attention cannot be read: use a reducer that reads no decoder attention."
+        )
     size, heads, queries, width = query.shape
     keys = key.shape[2]
     scale = kwargs.get("scaling") or width**-0.5

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,9 +171,7 @@ class Running:
 
     @torch.compiler.disable(reason=COMPILED)
     def _prefill_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict, prefill: Prefill) -> Any:
-        hidden, streams = args[0], len(args[0])
-        if several := hidden.dim() == 4:  # residual streams (A, B, n, D), side by side for the reducer
-            hidden = hidden.permute(1, 2, 0, 3).flatten(2)
+        hidden, restored = side_by_side(args[0], prefill.group.index.shape)
         if index in self.work.layers and prefill.has_visual:
             self._check_checkpointing(module)
             started = time.perf_counter()
@@ -184,9 +183,7 @@ class Running:
             stats.selection_seconds += time.perf_counter() - started
         rest = list(args[1:]) if prefill.hide else [rows_left(value, prefill.groups) for value in args[1:]]
         kwargs = prefill.layer_kwargs(index, hidden, kwargs)
-        if several:
-            hidden = hidden.unflatten(2, (streams, -1)).permute(2, 0, 1, 3)
-        return (hidden, *rest), kwargs
+        return (restored(hidden), *rest), kwargs
 
     @staticmethod
     def _check_checkpointing(module: nn.Module) -> None:
@@ -225,3 +222,20 @@ class Running:
                 f"Reducer {self.session.reducer.name!r} drops tokens behind the last layer, where nothing gets "
                 f"cheaper any more: return None at layer {self.work.depth}."
             )
+
+
+def side_by_side(states: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """States of several residual streams, (A, B, n, D) or (B, n, A, D), as (B, n, A * D); and the way back.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (B, n).
+    """
+    if states.dim() == 3:
+        return states, lambda hidden: hidden
+    if states.shape[:2] == shape:
+        count = states.shape[2]
+        return states.flatten(2), lambda hidden: hidden.unflatten(2, (count, -1))
+    count = states.shape[0]
+    return states.permute(1, 2, 0, 3).flatten(2), lambda hidden: hidden.unflatten(2, (count, -1)).permute(2, 0, 1, 3)
