@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 IMAGE, VIDEO = 1, 2
 MODALITIES = {"image": IMAGE, "video": VIDEO}
-BETWEEN, KEPT_POSITIONS, HIDING = "between layers", "positions='keep'", "backend='mask'"
+BETWEEN, KEPT_POSITIONS, HIDING, READING = "between layers", "positions='keep'", "backend='mask'", "decoder attention"
 """Halves of the work that a family may be unable to do, see `Adapter.limits`."""
 
 
@@ -48,7 +48,7 @@ class Adapter:
     kind_names: ClassVar[Mapping[str, str]] = {}
     """Kinds of decoder layers by the name that the config has for them, where that is not transformers' usual one."""
     limits: ClassVar[Mapping[str, str]] = {}
-    """What is not served, `BETWEEN`, `KEPT_POSITIONS` or `HIDING`, and why: a clause for a sentence."""
+    """What is not served, `BETWEEN`, `KEPT_POSITIONS`, `HIDING` or `READING`, and why: a clause for a sentence."""
     attention_norm: ClassVar[str] = "input_layernorm"
     """Name of the norm before the attention of a decoder layer."""
 

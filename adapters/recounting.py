@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vtoken.adapters.base import BETWEEN, HIDING, KEPT_POSITIONS
+from vtoken.adapters.base import BETWEEN, HIDING, KEPT_POSITIONS, READING
 from vtoken.adapters.generic import GenericAdapter
 from vtoken.engine.cache import pruned_of
 
@@ -34,6 +34,7 @@ class InklingAdapter(GenericAdapter):
         BETWEEN: f"{ROWS}, and adds to later layers what earlier ones made of the same rows",
         KEPT_POSITIONS: ROWS,
         HIDING: ROWS,
+        READING: "adds to its attention what depends on distances between rows",
     }
 
     def install(self, hooks: AdapterHooks) -> None:
@@ -52,6 +53,7 @@ class MiniMaxM3Adapter(GenericAdapter):
         BETWEEN: f"{BLOCKS}, and finds them by position ids in which a cut between layers would leave gaps",
         KEPT_POSITIONS: f"{BLOCKS}, and finds them by position ids, which must have no gaps",
         HIDING: BLOCKS,
+        READING: "attends to chosen blocks under the backends that it knows by name only",
     }
 
 

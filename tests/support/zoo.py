@@ -42,9 +42,15 @@ COMPACT = ("inkling_mm_model", "inkling2", "minimax_m3_vl")
 """Those of them whose positions must be counted anew."""
 UNPADDED = ("minimax_m3_vl",)
 """Types that are wrong about padded rows without vtoken, too, so that only single rows are compared."""
-ONE_TURN: dict[str, str] = {}
-UNREADABLE = {}
-NO_PEEK: dict[str, str] = {}
+MIXED = ("glm4v", "glm46v", "glmga", "ovis2", "glm5_next")
+"""Types that give beams the pictures of other rows without vtoken, too, so that only single rows are compared."""
+UNREADABLE = ("inkling_mm_model", "inkling2", "minimax_m3_vl")
+"""Types whose decoder attention cannot be read."""
+NO_BEAMS = ("fuyu", "llama4")
+"""Types whose generate() raises for beams without vtoken, too."""
+NO_PEEK = ("exaone4_5", "dots3_note", "gemma4", "gemma4_unified", "mistral_large4", "gemma3n")
+NO_PEEK += ("qwen4_exp", "blip-2", "instructblip", "instructblipvideo")
+"""Types whose attention can only be read where it has run."""
 EAGER = ("inkling2",)
 """Types that know no sdpa."""
 PICTURED = ("blip-2", "instructblip", "instructblipvideo")
@@ -771,6 +777,8 @@ DYNAMIC = dict.fromkeys(SLIDERS, "sliding window of 14 tokens")
 DYNAMIC |= dict.fromkeys(("inkling_mm_model", "inkling2"), "sliding window of 6 tokens")
 DYNAMIC |= {"hyperclovax_vision_v2": "counts positions by the cache", "llama4": "chunks of 14 tokens"}
 """Types that refuse static caches, and why: windows that are shorter than the prompts, or positions."""
+ONE_TURN = dict.fromkeys(SLIDERS, "sliding window of 14 tokens") | {"llama4": "chunks of 14 tokens"}
+"""Types that refuse a further prompt on a pruned cache, and why."""
 CLIPS = dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), IMAGE_ID)
 CLIPS |= dict.fromkeys(("cohere_compass", "cosmos3_omni", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl"), VIDEO_ID)
 CLIPS |= dict.fromkeys(("muse_glimmer", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "video_llama_3"), VIDEO_ID)

@@ -202,9 +202,9 @@ class Coming:
 
         block = self.adapter.attention(self.module)
         normed = getattr(self.module, self.adapter.attention_norm)(self.hidden)
-        tables = self.kwargs["position_embeddings"]
+        tables = {name: value for name, value in self.kwargs.items() if name == "position_embeddings"}
         with tap(block, read), contextlib.suppress(SeenEnoughError):
-            block(hidden_states=normed, position_embeddings=tables, attention_mask=None, past_key_values=None)
+            block(hidden_states=normed, attention_mask=None, past_key_values=None, **tables)
         return Attention(box[0].probabilities, box[0].valid)
 
     @torch.no_grad()
@@ -213,9 +213,9 @@ class Coming:
         index, valid = compact(keep)
         hidden = gather(self.view.take(self.hidden), index)
         mask = masks.build_mask(self.adapter, self.layer, hidden, valid, None)
-        tables = table_rows(self.kwargs["position_embeddings"], self.view, index)
-        kwargs = {**self.kwargs, "position_embeddings": tables, "position_ids": None}
-        kwargs = {**kwargs, "attention_mask": mask, "past_key_values": None}
+        kwargs = {**self.kwargs, "position_ids": None, "attention_mask": mask, "past_key_values": None}
+        if (tables := self.kwargs.get("position_embeddings")) is not None:
+            kwargs["position_embeddings"] = table_rows(tables, self.view, index)
         linear = "linear" in masks.layer_type(self.adapter, self.layer)
         with self.aside(), contextlib.nullcontext() if linear else untapped(self.adapter.attention(self.module)):
             output = self.module.forward(hidden, **kwargs)  # not called: hooks and checkpointing are the real run's

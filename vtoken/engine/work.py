@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vtoken.adapters.base import BETWEEN, HIDING, KEPT_POSITIONS
+from vtoken.adapters.base import BETWEEN, HIDING, KEPT_POSITIONS, READING
 from vtoken.engine.masks import WINDOWS, layer_type
 from vtoken.light import LightLayer
 
@@ -117,4 +117,9 @@ class Work:
             raise NotImplementedError(
                 f"{name} {limits[BETWEEN]}, so that {reducer.name!r} cannot act between its layers: use a reducer that "
                 "drops tokens before the decoder."
+            )
+        if READING in limits and self.taps:
+            raise NotImplementedError(
+                f"{name} {limits[READING]}, so that {reducer.name!r} cannot read it: use a reducer that reads no "
+                "decoder attention."
             )
