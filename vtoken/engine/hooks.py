@@ -33,7 +33,7 @@ class AdapterHooks:
         inside of the decoder, as positions in the one that the language model was called with; None without one.
     places : callable
         Gives the places (B, n) that the tokens which the decoder layers work on have in the whole sequence, cached
-        tokens counted, and how many tokens the cache stands for; None unless a prefill was cut.
+        tokens counted, and how many tokens the cache stands for; None unless it is a prefill that a reducer is shown.
     """
 
     replace: Callable[[Any, str, Callable[[Callable], Callable]], None]

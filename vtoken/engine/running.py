@@ -63,7 +63,7 @@ class Running:
     def places(self) -> tuple[Tensor, int] | None:
         """See `AdapterHooks.places`."""
         prefill = self.session.prefill
-        if prefill is None or not prefill.shortened:
+        if prefill is None:
             return None
         return prefill.group.index + prefill.past, prefill.past
 
