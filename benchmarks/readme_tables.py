@@ -8,7 +8,8 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
   (``pytest tests/engine tests/adapters --families-report benchmarks/results/families.json``);
 - ``families/tried``: the same file, how many cases of each kind of fault were tried;
 - ``types``: the adapters, and ``benchmarks/results/types.json``, what the tests show about each type of transformers
-  (``pytest tests/engine tests/adapters --types-report benchmarks/results/types.json``);
+  (``pytest tests/adapters/test_generic.py --types-report benchmarks/results/types.json``); of types whose tests are not
+  among these, what ``families.json`` says;
 - ``mini_llava``: what the first embedded model can do (``benchmarks/mini_llava.py``);
 - ``embedded``: what the others can do (``benchmarks/mini_models.py``);
 - ``again``: weights of a second training beside the shipped ones;
@@ -84,13 +85,13 @@ def tried(report: dict) -> str:
     return markdown(("kind", "cases", "reducers", "cases by family"), rows, text_columns=4) + "\n"
 
 
-def types(found: dict) -> str:
+def types(found: dict, families: dict) -> str:
     """Every image-text-to-text type of transformers: which adapter serves it, what the tests show, what is refused."""
     adapters = {
         name: "by convention" if adapter is GenericAdapter else f"`{adapter.__module__.rpartition('.')[2]}.py`"
         for name, adapter in known_families().items()
     }
-    columns, tested = test_columns(), found["types"]
+    columns, tested = test_columns(), from_families(families) | found["types"]
     rows = []
     for name in sorted(adapters | found["refused"]):
         marks = (
@@ -106,6 +107,16 @@ def types(found: dict) -> str:
     )
     legend = LEGEND.replace("refused: ", "n/a: a test says why there is nothing to test, refused: ").format(**found)
     return counted + markdown(["type", "adapter", *columns, "what is refused"], rows, 2) + f"\n{legend}\n"
+
+
+def from_families(families: dict) -> dict[str, dict]:
+    """Columns of the table of types, of types whose tests the report of families counts."""
+    whole = "drop = mask at every step"
+    named = {"drop before = mask": whole, "drop between layers = mask": whole}
+    return {
+        name: {column: tested.get(named.get(column, column), {}) for column in test_columns()}
+        for name, tested in families.items()
+    }
 
 
 def cell(counts: dict[str, int]) -> str:
@@ -232,7 +243,7 @@ def table(name: str, results: Path) -> str:
     if file == "families":
         return tried(data) if part == "tried" else families(data)
     if name == "types":
-        return types(data)
+        return types(data, json.loads((results / "families.json").read_text())["families"])
     if "conditions" in data:
         return mini(data["conditions"])
     if part == "note":

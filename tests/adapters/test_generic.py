@@ -127,6 +127,16 @@ def test_encoder_statistics_are_refused(name):
         case.model(**case.inputs)
 
 
+@pytest.mark.parametrize("family", zoo.PICTURED)
+def test_encoder_attention_behind_a_q_former_is_refused(family, refused):
+    """In ``generate`` too, which encodes past what watches the tower."""
+    case = zoo.make(family, zoo.batch(family, 1, 2))
+    with vtoken.reduce(case.model, "visionzip", keep=0.5):
+        for run in (lambda: case.model(**case.inputs), lambda: generate(case.model, case.inputs, 1)):
+            with refused("encoder attention", "queries of a Q-Former"):
+                run()
+
+
 def test_cuts_behind_shared_keys_are_refused():
     case = zoo.make("gemma3n", (1,))
     with pytest.raises(NotImplementedError, match="layer 2 made or chose"):

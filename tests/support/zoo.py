@@ -782,6 +782,7 @@ ONE_TURN = dict.fromkeys(SLIDERS, "sliding window of 14 tokens") | {"llama4": "c
 CLIPS = dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), IMAGE_ID)
 CLIPS |= dict.fromkeys(("cohere_compass", "cosmos3_omni", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl"), VIDEO_ID)
 CLIPS |= dict.fromkeys(("muse_glimmer", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "video_llama_3"), VIDEO_ID)
+CLIPS["qwen4_exp"] = VIDEO_ID
 """Types whose clips are tested, and the placeholder that they stand behind."""
 CLIPS_ONLY = ("instructblipvideo",)
 """Types that take no pictures, only clips."""
