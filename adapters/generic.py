@@ -40,6 +40,8 @@ KINDS = ("full_attention", "linear", "conv", "mamba", "moe", "mlp", "indexed_att
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "mixer")
 NORMS = ("input_layernorm", "operator_norm", "attention_norm", "attn_norm", "norm1", "norm")
 """Names of the norm before the attention of a decoder layer."""
+STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
+"""Names under which a config holds the number of residual streams."""
 RECURRENT = ("linear", "delta", "mamba", "conv", "recurrent")
 """What a module that is no attention may have in the name of its class."""
 
@@ -187,7 +189,13 @@ class GenericAdapter(Adapter):
             attention needs more than states and positions.
         """
         layer = next(layer for layer in self.layers if self.has_attention(layer))
-        block = self.attention(layer)
+        block, config = self.attention(layer), self.language_model.config
+        if several := next((name for name in STREAMS if (getattr(config, name, None) or 1) > 1), None):
+            raise NotImplementedError(
+                f"{type(layer).__name__} mixes {getattr(config, several)} residual streams ({several}) before it "
+                "attends, so that attention which is yet to come cannot be read: use a reducer that reads layers which "
+                "ran."
+            )
         given = inspect.signature(block.forward).parameters.values()
         needed = [one.name for one in given if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
         if {*needed} - {"hidden_states", "position_embeddings", "attention_mask"} or hasattr(block, "indexer"):

@@ -53,8 +53,14 @@ FEATURE_OF = {test: feature for feature, tests in FEATURES.items() for test in t
 BETWEEN = ("between", "inside", "both", "drop all", "exit")
 COLUMNS: dict[str, tuple[tuple[str, tuple[str, ...] | None], ...]] = {
     "keep all = unwrapped": (("test_keep_all_is_bit_identical_and_unwrap_leaves_no_trace", None),),
-    "drop before = mask": (("test_dropping_equals_hiding_at_every_decode_step", ("before",)),),
-    "drop between layers = mask": (("test_dropping_equals_hiding_at_every_decode_step", BETWEEN),),
+    "drop before = mask": (
+        ("test_dropping_equals_hiding_at_every_decode_step", ("before",)),
+        ("test_kept_positions_are_refused", None),
+    ),
+    "drop between layers = mask": (
+        ("test_dropping_equals_hiding_at_every_decode_step", BETWEEN),
+        ("test_cuts_between_layers_are_refused", None),
+    ),
     "batch = alone": (("test_batch_equals_alone", None),),
     "cache = no cache": (("test_cache_equals_no_cache", None),),
     "several turns": (("test_second_turn_on_the_pruned_cache", None),),
