@@ -10,16 +10,21 @@ from typing import Any
 
 from vtoken.adapters.base import Adapter
 from vtoken.adapters.generic import GenericAdapter
+from vtoken.adapters.granite4_vision import Granite4VisionAdapter
 from vtoken.adapters.internvl import InternVLAdapter
 from vtoken.adapters.internvl_chat import InternVLChatAdapter
+from vtoken.adapters.llama4 import Llama4Adapter
 from vtoken.adapters.llava import LlavaAdapter
 from vtoken.adapters.llava_next import LlavaNextAdapter
 from vtoken.adapters.llava_next_video import LlavaNextVideoAdapter
 from vtoken.adapters.llava_onevision import LlavaOnevisionAdapter
 from vtoken.adapters.mistral3 import Mistral3Adapter
 from vtoken.adapters.original_llava import OriginalLlavaAdapter
+from vtoken.adapters.qformer import QFormerAdapter
 from vtoken.adapters.qwen3_vl import Qwen3VLAdapter
+from vtoken.adapters.qwen4 import Qwen4Adapter
 from vtoken.adapters.qwen_vl import QwenVLAdapter
+from vtoken.adapters.recounting import Glm5NextAdapter, InklingAdapter, MiniMaxM3Adapter
 from vtoken.adapters.tiles import TilesAdapter
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -32,6 +37,13 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     InternVLAdapter,
     TilesAdapter,
     Mistral3Adapter,
+    Llama4Adapter,
+    Granite4VisionAdapter,
+    Qwen4Adapter,
+    QFormerAdapter,
+    InklingAdapter,
+    MiniMaxM3Adapter,
+    Glm5NextAdapter,
     GenericAdapter,
 )
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 IMAGE, VIDEO = 1, 2
 MODALITIES = {"image": IMAGE, "video": VIDEO}
+BETWEEN, KEPT_POSITIONS, HIDING, READING = "between layers", "positions='keep'", "backend='mask'", "decoder attention"
+"""Halves of the work that a family may be unable to do, see `Adapter.limits`."""
 
 
 class Adapter:
@@ -41,6 +43,12 @@ class Adapter:
     model_types: ClassVar[tuple[str, ...]] = ()
     """``config.model_type`` values the family serves."""
     pixel_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+    recounts: ClassVar[bool] = False
+    """Whether windows and distances are counted over the tokens that are left, as in a shorter prompt."""
+    kind_names: ClassVar[Mapping[str, str]] = {}
+    """Kinds of decoder layers by the name that the config has for them, where that is not transformers' usual one."""
+    limits: ClassVar[Mapping[str, str]] = {}
+    """What is not served, `BETWEEN`, `KEPT_POSITIONS`, `HIDING` or `READING`, and why: a clause for a sentence."""
     attention_norm: ClassVar[str] = "input_layernorm"
     """Name of the norm before the attention of a decoder layer."""
 
@@ -165,6 +173,15 @@ class Adapter:
             (B, n): the tokens that stay, and which of them are no padding; see `vtoken.ops.ragged.compact`.
         """
         return kwargs
+
+    def shown(self, kwargs: dict[str, Any]) -> Tensor:
+        """(B, S, D) what reducers see of the tokens before the decoder, given the language model's arguments."""
+        embeds: Tensor = kwargs["inputs_embeds"]
+        return embeds
+
+    def with_shown(self, kwargs: dict[str, Any], states: Tensor) -> dict[str, Any]:
+        """The language model's arguments in which the tokens are what ``states`` (B, S, D) say, see `shown`."""
+        return {**kwargs, "inputs_embeds": states}
 
     def install(self, hooks: AdapterHooks) -> None:
         """Further instance-level wraps (``hooks.replace``), undone when the model is unwrapped."""

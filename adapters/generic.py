@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,12 +34,14 @@ PLACEHOLDERS = ("{}_token_id", "{}_token_index", "{}_patch_id")
 """Names under which a config holds the placeholder of a modality."""
 POOLED = ("index_block_size", "index_kpool", "indexer_compress_ratio")
 """Names under which a config holds how many neighbouring keys are chosen together."""
-SLIDING = "sliding_attention"
+WINDOWED = ("sliding_attention", "chunked_attention")
 KINDS = ("full_attention", "linear", "conv", "mamba", "moe", "mlp", "indexed_attention")
-"""What the kind of a decoder layer has in it that is understood, beside sliding windows."""
+"""What the kind of a decoder layer has in it that is understood, beside windows."""
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "mixer")
 NORMS = ("input_layernorm", "operator_norm", "attention_norm", "attn_norm", "norm1", "norm")
 """Names of the norm before the attention of a decoder layer."""
+STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
+"""Names under which a config holds the number of residual streams."""
 RECURRENT = ("linear", "delta", "mamba", "conv", "recurrent")
 """What a module that is no attention may have in the name of its class."""
 
@@ -111,6 +113,8 @@ class GenericAdapter(Adapter):
         "video_llava",
     )
     """Types that the tests run; any other is tried all the same."""
+    answers: ClassVar[frozenset[str]] = frozenset()
+    """`CHECKS` that a family's own adapter makes superfluous."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = self.generator = model
@@ -122,7 +126,9 @@ class GenericAdapter(Adapter):
         if self.placeholders[IMAGE] == self.placeholders[VIDEO]:
             self.placeholders[VIDEO] = None  # clips stand behind the placeholders of pictures
         self.pixel_keys = pixel_arguments(self.outer)
-        check_decoder(model, self.language_model)
+        for question, check in CHECKS.items():
+            if question not in self.answers:
+                check(type(model).__name__, model, self.language_model)
 
     def check_parts(self) -> None:
         """Nothing: some types have no tower, and what is missing was not found."""
@@ -183,7 +189,13 @@ class GenericAdapter(Adapter):
             attention needs more than states and positions.
         """
         layer = next(layer for layer in self.layers if self.has_attention(layer))
-        block = self.attention(layer)
+        block, config = self.attention(layer), self.language_model.config
+        if several := next((name for name in STREAMS if (getattr(config, name, None) or 1) > 1), None):
+            raise NotImplementedError(
+                f"{type(layer).__name__} mixes {getattr(config, several)} residual streams ({several}) before it "
+                "attends, so that attention which is yet to come cannot be read: use a reducer that reads layers which "
+                "ran."
+            )
         given = inspect.signature(block.forward).parameters.values()
         needed = [one.name for one in given if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
         if {*needed} - {"hidden_states", "position_embeddings", "attention_mask"} or hasattr(block, "indexer"):
@@ -210,6 +222,9 @@ class GenericAdapter(Adapter):
     def install(self, hooks: AdapterHooks) -> None:
         if hasattr(self.language_model, "_deepstack_process"):
             follow_deepstack(hooks, self.language_model)
+        for layer in self.layers:
+            if "conv_mask" in inspect.signature(layer.forward).parameters:
+                hooks.replace(layer, "forward", _padded(hooks))
 
     # ------------------------------------------------------------------ pictures
     @property
@@ -368,42 +383,61 @@ def pixel_arguments(outer: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if ("pixel_values" in name or name.endswith("patches")) and "mask" not in name)
 
 
-def check_decoder(model: Any, language: Any) -> None:
-    """Refuse decoders in which dropping a token cannot mean what it should.
-
-    Raises
-    ------
-    TypeError
-        One sentence with the reason.
-    """
-    name, config = type(model).__name__, language.config
+def check_distances(name: str, model: Any, language: Any) -> None:
+    """Refuse decoders that know no position ids."""
     if any("relative" in type(part).__name__.lower() for layer in language.layers for part in layer.modules()):
         raise TypeError(
             f"{name} counts distances between tokens by the rows that are there, so that dropping some would move the "
-            "others: its decoder cannot be made shorter."
+            "others: it needs an adapter of its own (docs/adding-a-family.md)."
         )
-    if (block := next((key for key in POOLED if getattr(config, key, None)), None)) is not None:
+
+
+def check_blocks(name: str, model: Any, language: Any) -> None:
+    """Refuse decoders that choose several neighbours at once."""
+    if (block := next((key for key in POOLED if getattr(language.config, key, None)), None)) is not None:
         raise TypeError(
-            f"{name} chooses keys in blocks of {getattr(config, block)} neighbours ({block}), which dropping tokens "
-            "would divide otherwise: its decoder cannot be made shorter."
+            f"{name} chooses keys in blocks of {getattr(language.config, block)} neighbours ({block}), which dropping "
+            "tokens would divide otherwise: it needs an adapter of its own (docs/adding-a-family.md)."
         )
-    kinds = {*(getattr(config, "layer_types", None) or ())}
-    if unknown := sorted(kind for kind in kinds if kind != SLIDING and not any(word in kind for word in KINDS)):
+
+
+def check_kinds(name: str, model: Any, language: Any) -> None:
+    """Refuse decoders with layers of an unknown kind."""
+    kinds = {*(getattr(language.config, "layer_types", None) or ())}
+    if unknown := sorted(kind for kind in kinds - {*WINDOWED} if not any(word in kind for word in KINDS)):
         raise TypeError(
             f"{name} has decoder layers of the kind {unknown[0]!r}, to which it is not known what a dropped "
             "token means: it needs an adapter of its own (docs/adding-a-family.md)."
         )
+
+
+def check_deepstack(name: str, model: Any, language: Any) -> None:
+    """Refuse decoders that add features between layers in a way that cannot be followed."""
     names = inspect.signature(language.forward).parameters
     if any("deepstack" in key for key in names) and not hasattr(language, "_deepstack_process"):
         raise TypeError(
             f"{name} adds visual features between its decoder layers in code that cannot be told of a cut: it needs an "
             "adapter of its own (docs/adding-a-family.md)."
         )
+
+
+def check_generate(name: str, model: Any, language: Any) -> None:
+    """Refuse models whose ``generate`` would not meet the hooks."""
     if own_generate(model, language):
         raise TypeError(
             f"generate() of {name} bypasses its forward and calls the language model itself, so that a wrapped model "
             "would silently drop nothing: it needs an adapter of its own (docs/adding-a-family.md)."
         )
+
+
+CHECKS: dict[str, Callable[[str, Any, Any], None]] = {
+    "distances": check_distances,
+    "blocks": check_blocks,
+    "kinds": check_kinds,
+    "deepstack": check_deepstack,
+    "generate": check_generate,
+}
+"""Decoders in which a dropped token cannot mean by convention what it should: each raises TypeError, one sentence."""
 
 
 def own_generate(model: Any, language: Any) -> bool:
@@ -510,3 +544,17 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, Mapping | list | tuple):
             yield from _tensors(value)
+
+
+def _padded(hooks: AdapterHooks) -> Callable[[Callable], Callable]:
+    """A layer whose convolutions are told of the padding that a cut inside of the decoder made."""
+
+    def make(original: Callable) -> Callable:
+        def forward(*args: Any, conv_mask: Tensor | None = None, **kwargs: Any) -> Any:
+            if (left := hooks.rows()) is not None:
+                conv_mask = None if bool(left[1].all()) else left[1].to(args[0].device)
+            return original(*args, conv_mask=conv_mask, **kwargs)
+
+        return forward
+
+    return make

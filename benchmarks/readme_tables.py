@@ -7,7 +7,9 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
 - ``families``: the adapters, and ``benchmarks/results/families.json``, what the tests show about each family
   (``pytest tests/engine tests/adapters --families-report benchmarks/results/families.json``);
 - ``families/tried``: the same file, how many cases of each kind of fault were tried;
-- ``types``: the adapters, and ``benchmarks/results/types.json``, why other types are refused (``refused_types.py``);
+- ``types``: the adapters, and ``benchmarks/results/types.json``, what the tests show about each type of transformers
+  (``pytest tests/adapters/test_generic.py --types-report benchmarks/results/types.json``); of types whose tests are not
+  among these, what ``families.json`` says;
 - ``mini_llava``: what the first embedded model can do (``benchmarks/mini_llava.py``);
 - ``embedded``: what the others can do (``benchmarks/mini_models.py``);
 - ``again``: weights of a second training beside the shipped ones;
@@ -83,23 +85,59 @@ def tried(report: dict) -> str:
     return markdown(("kind", "cases", "reducers", "cases by family"), rows, text_columns=4) + "\n"
 
 
-def types(found: dict) -> str:
-    """Every image-text-to-text type of transformers: which adapter serves it, or why none does."""
-    served = {
-        name: "by convention" if adapter is GenericAdapter else f"`adapters/{adapter.__module__.rpartition('.')[2]}.py`"
+def types(found: dict, families: dict) -> str:
+    """Every image-text-to-text type of transformers: which adapter serves it, what the tests show, what is refused."""
+    adapters = {
+        name: "by convention" if adapter is GenericAdapter else f"`{adapter.__module__.rpartition('.')[2]}.py`"
         for name, adapter in known_families().items()
     }
-    rows = [
-        (f"`{name}`", served.get(name, "refused"), found["refused"].get(name, ""))
-        for name in sorted(served | found["refused"])
-    ]
-    counted = f"{len(served)} of {len(rows)} types of transformers {found['transformers']} are served.\n\n"
-    return counted + markdown(("`config.model_type`", "adapter", "why not"), rows, text_columns=3)
+    columns, tested = test_columns(), from_families(families) | found["types"]
+    rows = []
+    for name in sorted(adapters | found["refused"]):
+        outcomes = tested.get(name, {})
+        marks = [cell(outcomes.get(column, {})) if name in adapters else "" for column in columns]
+        sentences = dict.fromkeys(found["sentences"].get(name, {}).values())
+        why = found["refused"].get(name) or " ".join(sentences)
+        rows.append([f"`{name}`", adapters.get(name, "refused"), *marks, why])
+    clips = 2 + columns.index("clips")
+    whole = sum(all(done(found) for i, found in enumerate(row[2:-1], 2) if i != clips) for row in rows)
+    counted = (
+        f"{len(adapters)} of {len(rows)} types of transformers {found['transformers']} are served, {whole} of them in "
+        "every column but clips, which not all types know.\n\n"
+    )
+    legend = LEGEND.replace("refused: ", "n/a: a test says why there is nothing to test, refused: ").format(**found)
+    return counted + markdown(["type", "adapter", *columns, "what is refused"], rows, 2) + f"\n{legend}\n"
+
+
+def from_families(families: dict) -> dict[str, dict]:
+    """Columns of the table of types, of types whose tests the report of families counts."""
+    whole = "drop = mask at every step"
+    named = {"drop before = mask": whole, "drop between layers = mask": whole}
+    return {
+        name: {column: tested.get(named.get(column, column), {}) for column in test_columns()}
+        for name, tested in families.items()
+    }
+
+
+def cell(counts: dict[str, int]) -> str:
+    """A cell of the table of types; a test that is skipped says why there is nothing to test."""
+    found = mark(counts)
+    return "n/a" if found == NO_TEST and counts.get("skipped") else found
+
+
+def done(found: str) -> bool:
+    """Whether a cell of the table of types shows something that works, or that there is nothing to do."""
+    return found.startswith("\N{CHECK MARK}") or found == "n/a"
+
+
+def test_columns() -> list[str]:
+    """The columns of the table of types."""
+    return list(runpy.run_path(str(ROOT / "tests" / "support" / "features.py"))["COLUMNS"])
 
 
 def evidence(tested: dict[str, dict]) -> str:
     """Families x features: the types with an adapter of their own, then what was tested besides."""
-    known = [name for name, adapter in known_families().items() if adapter is not GenericAdapter]
+    known = [name for name, adapter in known_families().items() if not issubclass(adapter, GenericAdapter)]
     names = [*known, *(name for name in tested if name not in known)]
     columns = runpy.run_path(str(ROOT / "tests" / "support" / "features.py"))["FEATURES"]
     features = [name for name in columns if any(name in found for found in tested.values())]
@@ -205,7 +243,7 @@ def table(name: str, results: Path) -> str:
     if file == "families":
         return tried(data) if part == "tried" else families(data)
     if name == "types":
-        return types(data)
+        return types(data, json.loads((results / "families.json").read_text())["families"])
     if "conditions" in data:
         return mini(data["conditions"])
     if part == "note":

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the whole suite, and ``--families-report``: what the tests show about each family, as JSON."""
+"""Settings of the whole suite, and reports as JSON: what the tests show about each family (``--families-report``), and
+about each image-text-to-text type of transformers (``--types-report``, which runs only the tests that say something).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from features import FEATURE_OF, FEATURES, KINDS, OUTCOMES
+from features import COLUMNS, FEATURE_OF, FEATURES, KINDS, OUTCOMES, column_of
+from transformers import CONFIG_MAPPING
 
 torch.set_num_threads(1)  # the suite runs in one process per core
 
@@ -19,16 +22,22 @@ torch.set_num_threads(1)  # the suite runs in one process per core
 def pytest_addoption(parser):
     # a string: pytest-xdist sends the options to its workers, and cannot send a Path
     parser.addoption("--families-report", metavar="PATH", help="write the outcomes by family and feature as JSON")
+    parser.addoption("--types-report", metavar="PATH", help="write the outcomes by model type and column as JSON")
 
 
 def pytest_configure(config):
-    path = config.getoption("families_report")
-    if path and not hasattr(config, "workerinput"):  # under pytest-xdist: only where all reports arrive
-        config.pluginmanager.register(FamiliesReport(Path(path)))
+    for option, report in (("families_report", FamiliesReport), ("types_report", TypesReport)):
+        path = config.getoption(option)
+        if path and not hasattr(config, "workerinput"):  # under pytest-xdist: only where all reports arrive
+            config.pluginmanager.register(report(Path(path)))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Family and feature travel with the reports of a test, also from the workers of pytest-xdist."""
+    if config.getoption("types_report"):
+        said = [item for item in items if said_of_a_type(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in {*said}])
+        items[:] = said
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")
         feature = FEATURE_OF.get(getattr(item, "originalname", item.name))
@@ -37,6 +46,60 @@ def pytest_collection_modifyitems(items):
         if kind := KINDS.get(item.path.stem):
             reducer = getattr(item, "callspec", None) and item.callspec.params.get("name")
             item.user_properties += [("kind", kind), ("reducer", reducer if isinstance(reducer, str) else None)]
+
+
+def said_of_a_type(item) -> bool:
+    """Whether a test is evidence for the table of types; if so, the column travels with its reports."""
+    name = getattr(item, "originalname", item.name)
+    if name == REFUSAL:
+        return True
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    column = column_of(name, params) if params.get("family") in CONFIG_MAPPING else None
+    if column:
+        item.user_properties += [("type", params["family"]), ("column", column)]
+    return column is not None
+
+
+REFUSAL = "test_the_rest_is_refused_with_the_reason_that_the_table_gives"
+"""The test that records why a type is refused."""
+
+
+class TypesReport:
+    """Counts outcomes by type and column, and collects the sentences with which something is refused."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.outcomes: dict[str, tuple[str, str, str]] = {}
+        self.sentences: dict[str, dict[str, str]] = defaultdict(dict)
+        self.refused: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report):
+        found = dict(report.user_properties)
+        if "unserved" in found and report.when == "call" and report.passed:
+            self.refused[found["unserved"]] = found["sentence"]
+        failed_before = self.outcomes.get(report.nodeid, ("", "", ""))[2] == "failed"
+        if "column" not in found or failed_before or (report.when != "call" and report.passed):
+            return
+        column, outcome = found.get("refused", found["column"]), report.outcome
+        if report.passed and "refused" in found:
+            self.sentences[found["type"]][column] = found["sentence"]
+            outcome = "refused"
+        self.outcomes[report.nodeid] = (found["type"], column, outcome)
+
+    def pytest_sessionfinish(self, exitstatus):
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return  # an interrupted run says nothing about the tests that it did not reach
+        counts: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
+        for name, column, outcome in self.outcomes.values():
+            counts[name][column][outcome] += 1
+        types = {
+            name: {column: dict(found[column]) for column in COLUMNS if column in found}
+            for name, found in sorted(counts.items())
+        }
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        report = {**versions, "types": types, "sentences": dict(sorted(self.sentences.items()))}
+        report["refused"] = dict(sorted(self.refused.items()))
+        self.path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 class FamiliesReport:

@@ -119,17 +119,21 @@ def check_takes(module: nn.Module, names: Iterable[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- masks
-def causal_mask(window: bool, config: Any, mask: Tensor | None, cache: Any, hidden: Tensor, **more: Any) -> Any:
+def causal_mask(kind: str, config: Any, mask: Tensor | None, cache: Any, hidden: Tensor, **more: Any) -> Any:
     """The mask of a decoder layer from the 2-D validity of its columns, by transformers' own functions.
 
     Parameters
     ----------
-    window : bool
-        Whether the layer attends in a sliding window.
+    kind : str
+        ``"sliding_attention"``, ``"chunked_attention"``, or any other for a layer that sees all.
     hidden : Tensor
         (B, n, D): tells rows, new tokens, type and device.
     """
-    make: Any = masking_utils.create_sliding_window_causal_mask if window else masking_utils.create_causal_mask
+    makers: dict[str, Any] = {
+        "sliding_attention": masking_utils.create_sliding_window_causal_mask,
+        "chunked_attention": masking_utils.create_chunked_causal_mask,
+    }
+    make = makers.get(kind, masking_utils.create_causal_mask)
     if "cache_position" in inspect.signature(make).parameters:  # an argument before transformers 5.10
         past = cache.get_seq_length() if cache is not None else 0
         more["cache_position"] = torch.arange(hidden.shape[1], device=hidden.device) + past

@@ -96,6 +96,34 @@ def test_writes_all_tables_and_nothing_else(script, project):
     assert all(f"| `{name}` |" in text for name in vtoken.list_reducers())
 
 
+def test_every_type_has_a_row(script):
+    report = {
+        "transformers": "5.23",
+        "torch": "2.15",
+        "types": {"llama4": {"beams": {"skipped": 1}, "clips": {"passed": 1}, "static cache": {"refused": 1}}},
+        "sentences": {"llama4": {"static cache": "It attends in chunks."}},
+        "refused": {"blip": "It reads by cross attention."},
+    }
+    text = script.types(
+        report, {"llava": {"drop = mask at every step": outcomes(passed=2), "beams": outcomes(failed=1)}}
+    )
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    rows = {line.split()[1]: [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    columns = ["adapter", *script.test_columns(), "why"]
+    assert dict(zip(columns, rows["`llama4`"], strict=True)) == {
+        **dict.fromkeys(columns, script.NO_TEST),
+        "adapter": "`llama4.py`",
+        "beams": "n/a",
+        "clips": "✓",
+        "static cache": "refused",
+        "why": "It attends in chunks.",
+    }
+    llava = dict(zip(columns, rows["`llava`"], strict=True))
+    assert (llava["drop before = mask"], llava["drop between layers = mask"], llava["beams"]) == ("✓", "✓", "✗")
+    assert rows["`blip`"] == ["refused", *[""] * 11, "It reads by cross attention."]
+    assert f"{len(rows) - 1} of {len(rows)} types" in text
+
+
 def test_check_tells_fresh_from_stale(script, project, capsys):
     assert script.main(["--check"], project) == 1
     assert "stale" in capsys.readouterr().err

@@ -50,6 +50,38 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "deepcopy": ("test_deepcopy_of_a_wrapped_model",),
 }
 FEATURE_OF = {test: feature for feature, tests in FEATURES.items() for test in tests}
+BETWEEN = ("between", "inside", "both", "drop all", "exit")
+COLUMNS: dict[str, tuple[tuple[str, tuple[str, ...] | None], ...]] = {
+    "keep all = unwrapped": (("test_keep_all_is_bit_identical_and_unwrap_leaves_no_trace", None),),
+    "drop before = mask": (
+        ("test_dropping_equals_hiding_at_every_decode_step", ("before",)),
+        ("test_kept_positions_are_refused", None),
+    ),
+    "drop between layers = mask": (
+        ("test_dropping_equals_hiding_at_every_decode_step", BETWEEN),
+        ("test_cuts_between_layers_are_refused", None),
+    ),
+    "batch = alone": (("test_batch_equals_alone", None),),
+    "cache = no cache": (("test_cache_equals_no_cache", None),),
+    "several turns": (("test_second_turn_on_the_pruned_cache", None),),
+    "static cache": (("test_static_cache_gives_the_same_ids", None),),
+    "beams": (("test_beam_search_and_return_sequences", None),),
+    "clips": (("test_clips", None), ("test_pictures_clips_and_text_in_one_batch", None)),
+    "encoder attention": (("test_encoder_", None),),
+    "decoder attention": (("test_decoder_rows_", None),),
+}
+"""Columns of the table of all types: what a test's name begins with, and the plans with which it counts."""
+
+
+def column_of(test: str, params: dict[str, object]) -> str | None:
+    """The column that a test with a parameter ``family`` is evidence for."""
+    for column, sources in COLUMNS.items():
+        for name, plans in sources:
+            if test.startswith(name) and (plans is None or params.get("plan") in plans):
+                return column
+    return None
+
+
 OUTCOMES = ("passed", "failed", "skipped", "refused")
 
 KINDS = {

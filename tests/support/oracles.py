@@ -175,6 +175,8 @@ def masked_oracle(model: nn.Module, plan: TestReducer, visual: Tensor, real: Ten
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         state["embeds"] = kwargs["inputs_embeds"]
+        if kwargs.get("vision_mask") is not None:  # Granite 4 Vision: embeddings are zero, features come with layer 0
+            state["embeds"] = state["embeds"].masked_scatter(kwargs["vision_mask"], kwargs["deepstack_features"][0])
 
     language = language_model(model)
     layers = language.layers

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from oracles import ROWWISE, TOKEN_TYPES, TestReducer, masked_oracle
+from oracles import ROWWISE, TOKEN_TYPES, TestReducer, content_score, extended, masked_oracle, runs_of
 from tiny import IMAGE_ID, VIDEO_ID, WIDTH, assemble, image_rows, mrope, text_config, vision_config
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 import vtoken
 from vtoken.adapters import Adapter, families
@@ -32,8 +34,27 @@ TIMM = ("fast_vlm", "gemma3n", "perception_lm")
 """Types whose tower comes from timm."""
 ROUNDED = ("nemotron_h_omni",)
 """Types whose recurrent layers scan a prompt in chunks, which rounds otherwise than a scan in steps."""
-UNEQUAL = ("hunyuan_vl", "mistral_large4")
+UNEQUAL = ("hunyuan_vl", "mistral_large4", "inkling_mm_model", "inkling2")
 """Types in which a padded batch differs from its rows without vtoken, too."""
+SHORT = ("inkling_mm_model", "inkling2", "minimax_m3_vl", "glm5_next")
+"""Types in which dropping tokens means a shorter prompt, and that are served before the decoder only."""
+COMPACT = ("inkling_mm_model", "inkling2", "minimax_m3_vl")
+"""Those of them whose positions must be counted anew."""
+UNPADDED = ("minimax_m3_vl",)
+"""Types that are wrong about padded rows without vtoken, too, so that only single rows are compared."""
+MIXED = ("glm4v", "glm46v", "glmga", "ovis2", "glm5_next")
+"""Types that give beams the pictures of other rows without vtoken, too, so that only single rows are compared."""
+UNREADABLE = ("inkling_mm_model", "inkling2", "minimax_m3_vl")
+"""Types whose decoder attention cannot be read."""
+NO_BEAMS = ("fuyu", "llama4")
+"""Types whose generate() raises for beams without vtoken, too."""
+NO_PEEK = ("exaone4_5", "dots3_note", "gemma4", "gemma4_unified", "mistral_large4", "gemma3n")
+NO_PEEK += ("qwen4_exp", "blip-2", "instructblip", "instructblipvideo")
+"""Types whose attention can only be read where it has run."""
+EAGER = ("inkling2",)
+"""Types that know no sdpa."""
+PICTURED = ("blip-2", "instructblip", "instructblipvideo")
+"""Types that cannot be called without a picture."""
 
 Picture = Callable[[int, torch.Generator], dict[str, Tensor]]
 """``picture(number, generator)``: what the processor would give for one picture; numbers differ in size."""
@@ -511,12 +532,113 @@ def perception_lm(name):
     return of(name, {}, vision, vision_use_cls_token=True, projector_pooling_ratio=1), square(64, 1)
 
 
+# ---------------------------------------------------------------------------------- types with an adapter of their own
+@kind("llama4")
+def llama4(name):
+    text = {"attention_chunk_size": 14, "layer_types": ["chunked_attention", "full_attention"] * 2}
+    text |= {"no_rope_layers": [1, 0] * 2, "num_local_experts": 4, "interleave_moe_layer_step": 2}
+    text |= {"intermediate_size_mlp": 64}
+    vision = vision_config(vision_output_dim=48, projector_input_dim=48, projector_output_dim=48)
+    vision["intermediate_size"] = 128  # what 2 x 2 patches of the tower are together
+    return of(name, text, vision, boi_token_index=186, eoi_token_index=187, image_token_index=IMAGE_ID), square()
+
+
+@kind("granite4_vision")
+def granite4_vision(name):
+    vision = {**vision_config(hidden_size=64), "model_type": "siglip_vision_model"}
+    qformer = {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 48, "vocab_size": 8}
+    top = {"qformer_config": qformer, "downsample_rate": "1/2", "image_grid_pinpoints": tiny.PINPOINTS}
+    top |= {"deepstack_layer_map": [[-1, 0], [1, 2]], "spatial_target_layers": [1, 3, 1, 3], "image_seq_length": 4}
+    text = {"embedding_multiplier": 2.0, "logits_scaling": 2.0}
+
+    def picture(number, generator):
+        size = tiny.ANYRES_SIZES[number % len(tiny.ANYRES_SIZES)]
+        views = image_size_to_num_patches(list(size), tiny.PINPOINTS, tiny.SIDE)
+        pixels = torch.zeros(1, 5, 3, tiny.SIDE, tiny.SIDE)
+        pixels[:, :views] = torch.randn(1, views, 3, tiny.SIDE, tiny.SIDE, generator=generator)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
+
+    top |= {"vision_feature_select_strategy": "full", "image_token_index": IMAGE_ID}
+    return of(name, text, vision, **top), picture
+
+
+@kind("qwen4_exp")
+def qwen4_exp(name):
+    text = {**tiny.hybrid_text(), **EXPERTS, **mrope([4, 2, 2], mrope_interleaved=True)}
+    text |= {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
+    text |= {"indexer_compress_ratio": 2, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1, 3], "ple_embed_dim": 16}
+    text |= {"heads_per_ngram": 2, "ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 1}
+    text |= {"layer_types": ["linear_attention", "indexed_attention"] * 2, "split_ngram_parts": 1}
+    return of(name, text, {**QWEN, "num_position_embeddings": 64}), patches(96)
+
+
+@kind("blip-2", "instructblip", "instructblipvideo")
+def blip(name):
+    text = {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": WIDTH, "do_layer_norm_before": True}
+    qformer = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    qformer |= {"encoder_hidden_size": 32, "vocab_size": tiny.VOCAB}
+    top = {"qformer_config": qformer, "num_query_tokens": 6, "image_token_index": IMAGE_ID}
+    top |= {"video_token_index": VIDEO_ID} if name == "instructblipvideo" else {}
+
+    def picture(number, generator):
+        shape = (1, 2, 3, tiny.SIDE, tiny.SIDE) if name == "instructblipvideo" else (1, 3, tiny.SIDE, tiny.SIDE)
+        found = {"pixel_values": torch.randn(shape, generator=generator)}
+        if name != "blip-2":
+            found["qformer_input_ids"] = torch.randint(10, 90, (1, 5), generator=generator)
+            found["qformer_attention_mask"] = torch.ones(1, 5, dtype=torch.long)
+        return found
+
+    return of(name, text, vision_config(), **top), picture
+
+
+@kind("inkling_mm_model")
+def inkling(name):
+    text = {**EXPERTS, "layer_types": ["hybrid_sliding", "hybrid"] * 2, "sliding_window_size": 6, "rel_extent": 8}
+    text |= {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4}
+    text |= {"log_scaling_n_floor": 4, "mlp_layer_types": ["dense", "sparse"] * 2, "conv_kernel_size": 3}
+    vision = {"patch_size": 4, "temporal_patch_size": 2, "hidden_size": 32, "num_hidden_layers": 2}
+    audio = {"n_mel_bins": 4, "mel_vocab_size": 8}
+
+    def picture(number, generator):
+        return {"pixel_values": torch.randn([9, 6, 12][number % 3], 2, 4, 4, 3, generator=generator)}
+
+    return of(name, text, vision, audio_config=audio, audio_token_id=192), picture
+
+
+@kind("inkling2")
+def inkling2(name):
+    text = {**EXPERTS, "layer_types": ["hybrid_sliding", "hybrid"] * 2, "sliding_window_size": 6, "rel_extent": 8}
+    text |= {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4}
+    text |= {"log_scaling_n_floor": 4, "conv_kernel_size": 3, "n_layers_per_attn_res_block": 2}
+    text |= {"unpadded_vocab_size": tiny.VOCAB}
+    vision = vision_config(patch_size=4, posemb_grid_size=8, projection_hidden_dim=48, text_hidden_size=WIDTH)
+    return of(name, text, vision), patches(192, 8, 8, 3)
+
+
+@kind("minimax_m3_vl")
+def minimax_m3(name):
+    text = {**EXPERTS, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "dense_intermediate_size": 48}
+    text |= {"shared_intermediate_size": 32, "rotary_dim": 8, "index_n_heads": 2, "index_head_dim": 16}
+    text |= {"index_block_size": 4, "index_topk_blocks": 2}
+    vision = vision_config(patch_size=4)
+    ids = {"image_token_index": IMAGE_ID, "video_token_index": VIDEO_ID}
+    return of(name, text, vision, **ids, projector_hidden_size=48), patches(96)
+
+
+@kind("glm5_next")
+def glm5_next(name):
+    text = {**EXPERTS, **LATENT, "qk_rope_head_dim": 0, "head_dim": 0, "hc_mult": 2, "linear_num_heads": 4}
+    text |= {"linear_head_dim": 8, "layer_types": ["linear_attention", "indexed_attention"] * 2, "index_topk": 8}
+    text |= {"index_head_dim": 16, "index_n_heads": 16, "index_kpool": 4, "hc_sinkhorn_iters": 2}
+    ids = {"image_start_token_id": 186, "image_end_token_id": 187, "video_start_token_id": 188}
+    vision = {**QWEN, "projection_intermediate_size": 64}
+    return of(name, text, vision, **ids, video_end_token_id=189), patches(96)
+
+
 # -------------------------------------------------------------------------------------------------------------- refused
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64}
 CHANGES = {
     "chameleon": {"vocabulary_map": {"<image>": 3}},
-    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]]},
-    "qwen4_exp": {"text_config": {**INDEXER, "indexer_compress_ratio": 4}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
 }
 """What the usual configuration of a type lacks."""
@@ -540,6 +662,43 @@ def refusal(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- oracle
 @contextlib.contextmanager
 def oracle(adapter: Adapter, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None = None):
+    """`hidden_oracle`, or `short_oracle` for types in which dropping means a shorter prompt."""
+    family = adapter.model.config.model_type
+    with (short_oracle if family in SHORT else hidden_oracle)(adapter, plan, visual, real, lengths):
+        yield
+
+
+@contextlib.contextmanager
+def short_oracle(adapter: Adapter, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None):
+    """The stock language model on a prompt without the dropped tokens, with positions counted anew."""
+    assert plan.before is not None
+    assert not plan.at
+
+    def cut(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        embeds = kwargs["inputs_embeds"]
+        there = torch.cat([real, real.new_ones(len(real), embeds.shape[1] - real.shape[1])], 1)
+        for row, runs in enumerate(runs_of(visual, lengths)):
+            for run in runs:
+                scores = content_score(embeds[row, run])
+                number = int((torch.tensor(float(len(run))) * plan.before).round())
+                there[row, run[scores.sort(descending=True, stable=True).indices[number:]]] = False
+        width = int(there.sum(1).max())
+        short, mask = embeds.new_zeros(len(embeds), width, embeds.shape[2]), there.new_zeros(len(there), width)
+        for row, keep in enumerate(there):
+            number = int(keep.sum())
+            short[row, width - number :], mask[row, width - number :] = embeds[row, keep], True
+        ids = (mask.cumsum(1) - 1).clamp(min=0)
+        return args, {**kwargs, "inputs_embeds": short, "attention_mask": mask.long(), "position_ids": ids}
+
+    handle = adapter.language_model.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def hidden_oracle(adapter: Adapter, plan: TestReducer, visual: Tensor, real: Tensor, lengths: list[int] | None = None):
     """`masked_oracle`, in which a recurrent layer sees the rows that are left, one batch row at a time."""
     recurrent = [layer for layer in adapter.layers if not adapter.has_attention(layer)]
     with masked_oracle(adapter.language_model, plan, visual, real, lengths) as state:
@@ -558,11 +717,21 @@ def absent(forward: Callable, state: dict[str, Tensor], hidden: Tensor, **kwargs
     given = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "cache")}
     for row, valid in enumerate(state["valid"]):
         keep = valid.nonzero()[:, 0]
-        cut = {**given, "position_ids": None, "attention_mask": None}
+        cut = {name: one_row(value, row, keep, valid.shape) for name, value in given.items()}
+        cut |= {name: None for name in ("position_ids", "attention_mask", "past_key_values", "cache") if name in kwargs}
         if given.get("position_embeddings") is not None:
             cut["position_embeddings"] = [table[..., :, keep, :] for table in given["position_embeddings"]]
+        if "conv_mask" in given:
+            cut["conv_mask"] = None
         out[row, keep] = forward(hidden[row : row + 1, keep], **cut)[0]
     return out
+
+
+def one_row(value: Any, row: int, keep: Tensor, shape: torch.Size) -> Any:
+    """An argument of a layer that has a number for each token, as it would be for the tokens of one row alone."""
+    if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1:] == shape:
+        return value[row : row + 1, keep]
+    return value
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
@@ -591,10 +760,12 @@ def make(name: str, images_per_row: tuple[int, ...] = (1,), seed: int = 0, attn:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     model, picture = BUILDERS[name]()
-    settle(model, generator, attn)
+    settle(model, generator, "eager" if name in EAGER else attn)
     pictures = [picture(number, generator) for number in range(sum(images_per_row))]
     lengths = [features(model, found) for found in pictures]
     inputs = {**assemble(image_rows(lengths, images_per_row), generator), **joined(pictures)}
+    if name in CLIPS_ONLY:
+        inputs["input_ids"].masked_fill_(inputs["input_ids"] == IMAGE_ID, VIDEO_ID)
     for types in TOKEN_TYPES & inspect.signature(model.forward).parameters.keys():
         inputs[types] = (inputs["input_ids"] == IMAGE_ID).long()
     return Case(model, inputs, pictures, images_per_row)
@@ -602,12 +773,19 @@ def make(name: str, images_per_row: tuple[int, ...] = (1,), seed: int = 0, attn:
 
 SLIDERS = ("cohere_compass", "dots3_note", "exaone4_5", "gemma3n", "gemma4", "gemma4_unified", "lfm3_vl")
 SLIDERS += ("muse_glimmer", "muse_spark", "shieldgemma2", "step3p7")
-DYNAMIC = (*SLIDERS, "hyperclovax_vision_v2")
-"""Types that refuse static caches: a window that is shorter than the prompts, or positions counted by the cache."""
+DYNAMIC = dict.fromkeys(SLIDERS, "sliding window of 14 tokens")
+DYNAMIC |= dict.fromkeys(("inkling_mm_model", "inkling2"), "sliding window of 6 tokens")
+DYNAMIC |= {"hyperclovax_vision_v2": "counts positions by the cache", "llama4": "chunks of 14 tokens"}
+"""Types that refuse static caches, and why: windows that are shorter than the prompts, or positions."""
+ONE_TURN = dict.fromkeys(SLIDERS, "sliding window of 14 tokens") | {"llama4": "chunks of 14 tokens"}
+"""Types that refuse a further prompt on a pruned cache, and why."""
 CLIPS = dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), IMAGE_ID)
 CLIPS |= dict.fromkeys(("cohere_compass", "cosmos3_omni", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl"), VIDEO_ID)
 CLIPS |= dict.fromkeys(("muse_glimmer", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "video_llama_3"), VIDEO_ID)
+CLIPS["qwen4_exp"] = VIDEO_ID
 """Types whose clips are tested, and the placeholder that they stand behind."""
+CLIPS_ONLY = ("instructblipvideo",)
+"""Types that take no pictures, only clips."""
 CLIP_TOKENS = 24
 
 
@@ -626,6 +804,56 @@ def clips(name: str) -> Case:
     return Case(case.model, inputs, [], (0, 0))
 
 
+def longer(model: nn.Module, inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """`extended`, without positions where a model would give them to its Q-Former too; it counts them by the mask."""
+    out = extended(model, inputs, tokens)
+    if model.config.model_type in PICTURED:
+        del out["position_ids"]
+    return out
+
+
+def positions(name: str) -> dict[str, str]:
+    """Options of `vtoken.wrap` that a type needs."""
+    return {"positions": "compact"} if name in COMPACT else {}
+
+
+def batch(name: str, *images_per_row: int) -> tuple[int, ...]:
+    """Pictures in the rows of a batch of a type."""
+    return images_per_row[:1] if name in UNPADDED else images_per_row
+
+
+def next_turn(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """``inputs`` that go on with text up to ``ids`` (B, L), without pictures."""
+    more = ids.shape[1] - inputs["input_ids"].shape[1]
+    out = {"input_ids": ids}
+    for name in ROWWISE & inputs.keys() - {"input_ids"}:
+        value = 1 if name == "attention_mask" else 0
+        out[name] = torch.nn.functional.pad(inputs[name], (0, more), value=value)
+    return out
+
+
+def eager_rows(case: Case, block: nn.Module) -> Tensor:
+    """(B, H, Q, K) attention weights of a module of the stock model under eager attention."""
+    source = sys.modules[type(block).__module__]
+    original, found = source.eager_attention_forward, []
+
+    def spy(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = original(module, *args, **kwargs)
+        if module is block:
+            found.append(out[1])
+        return out
+
+    before = block.config._attn_implementation
+    case.model.set_attn_implementation("eager")
+    try:
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(source, "eager_attention_forward", spy)
+            case.model(**case.inputs)
+    finally:
+        case.model.set_attn_implementation(before)
+    return found[0]
+
+
 def joined(pictures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The arguments of several pictures as those of one call."""
     out = {}
@@ -639,7 +867,8 @@ def joined(pictures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def features(model: nn.Module, picture: dict[str, Tensor]) -> int:
     """Visual tokens that the model makes of a picture."""
-    method = find_outer(model).get_image_features
+    outer = find_outer(model)
+    method = outer.get_image_features if hasattr(outer, "get_image_features") else outer.get_video_features
     names = inspect.signature(method).parameters
     with torch.no_grad():
         found = method(**{name: value for name, value in picture.items() if name in names}, return_dict=True)

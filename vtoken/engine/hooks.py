@@ -31,9 +31,13 @@ class AdapterHooks:
     rows : callable
         Gives ``relative`` (B, n) and ``valid`` (B, n) of the sequence that the decoder layers work on since a cut
         inside of the decoder, as positions in the one that the language model was called with; None without one.
+    places : callable
+        Gives the places (B, n) that the tokens which the decoder layers work on have in the whole sequence, cached
+        tokens counted, and how many tokens the cache stands for; None unless it is a prefill that a reducer is shown.
     """
 
     replace: Callable[[Any, str, Callable[[Callable], Callable]], None]
     reader: VisionReader
     announce: Callable[[Tensor, VisionRecord, Tensor, Tensor | None], None]
     rows: Callable[[], tuple[Tensor, Tensor] | None]
+    places: Callable[[], tuple[Tensor, int] | None]

@@ -11,7 +11,7 @@ Shapes: B rows, S new tokens of a call, n of them after a cut, K keys (cached on
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+CHUNKED = "chunked_attention"
+WINDOWS = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}
+"""Kinds of layers that see a part of the sequence only, and the name under which a config says how long that is."""
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of layers
@@ -39,7 +42,7 @@ def layer_type(adapter: Adapter, layer: int) -> str:
         return LINEAR
     config = adapter.language_model.config
     if types := getattr(config, "layer_types", None):
-        return types[layer]
+        return adapter.kind_names.get(types[layer], types[layer])
     if getattr(config, "sliding_window", None) is None:
         return FULL
     code = vars(sys.modules[type(adapter.language_model).__module__])  # Llama's config may name a window it never uses
@@ -49,7 +52,7 @@ def layer_type(adapter: Adapter, layer: int) -> str:
 def mask_name(adapter: Adapter, layer: int) -> str:
     """Name under which the language model looks up the mask of a layer, where it has several by kind."""
     types = getattr(adapter.language_model.config, "layer_types", None)
-    return types[layer] if types else layer_type(adapter, layer)
+    return adapter.kind_names.get(types[layer], types[layer]) if types else layer_type(adapter, layer)
 
 
 def is_flash(adapter: Adapter) -> bool:
@@ -81,13 +84,19 @@ def seen_in(mask: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------- validation
-def exceeded_window(adapter: Adapter, first_layer: int, length: int) -> int | None:
-    """The sliding window of layers from ``first_layer`` on, if ``length`` tokens are more and there are such layers."""
-    window = getattr(adapter.language_model.config, "sliding_window", None)
-    if not window or length <= window:
-        return None
-    slide = any(layer_type(adapter, i) == SLIDING for i in range(first_layer, len(adapter.layers)))
-    return window if slide else None
+def window_of(adapter: Adapter, kind: str) -> int | None:
+    """Tokens that a layer of a kind looks back, or the length of its chunks; None if it sees all."""
+    return getattr(adapter.language_model.config, WINDOWS.get(kind, ""), None) or None
+
+
+def exceeded_window(adapter: Adapter, first_layer: int, length: int) -> str | None:
+    """In words the windows of layers from ``first_layer`` on, if ``length`` tokens are more and there are any."""
+    kinds = {layer_type(adapter, i) for i in range(first_layer, len(adapter.layers))}
+    for kind, words in ((SLIDING, "a sliding window of {} tokens"), (CHUNKED, "chunks of {} tokens")):
+        window = window_of(adapter, kind)
+        if kind in kinds and window and length > window:
+            return words.format(window)
+    return None
 
 
 def check_flash_window(adapter: Adapter, first_layer: int, length: int) -> None:
@@ -98,10 +107,11 @@ def check_flash_window(adapter: Adapter, first_layer: int, length: int) -> None:
     NotImplementedError
         If ``length`` tokens exceed the window of a layer from ``first_layer`` on.
     """
-    if is_flash(adapter) and (window := exceeded_window(adapter, first_layer, length)) is not None:
+    counted = is_flash(adapter) and not adapter.recounts
+    if counted and (window := exceeded_window(adapter, first_layer, length)) is not None:
         raise NotImplementedError(
-            f"Under flash attention the sliding window of {window} tokens would be counted over kept tokens only: "
-            "use attn_implementation='sdpa' for prompts that are longer than the window."
+            f"Under flash attention {window} would be counted over kept tokens only: "
+            "use attn_implementation='sdpa' for prompts that are longer than that."
         )
 
 
@@ -115,9 +125,11 @@ def check_turn_window(adapter: Adapter, cache: Any, length: int) -> None:
     """
     if is_static(cache):
         length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
+    elif adapter.recounts:
+        return
     if (window := exceeded_window(adapter, 0, length)) is not None:
         raise NotImplementedError(
-            f"This model attends in a sliding window of {window} tokens. Its meaning is kept in a first prompt "
+            f"This model attends in {window}. Its meaning is kept in a first prompt "
             "with a dynamic cache, not in a StaticCache or a further prompt on a pruned cache beyond the window: "
             "use a dynamic cache, and a new one for each turn."
         )
@@ -288,18 +300,22 @@ def build_mask(
     mask: Tensor | None,
     cache: Cache | None,
     position_ids: Tensor | None = None,
+    kind: str | None = None,
 ) -> Any:
-    """The mask of one layer from the 2-D validity of its columns."""
-    kind = layer_type(adapter, layer)
+    """The mask of one layer from the 2-D validity of its columns.
+
+    ``kind`` is that of the layer, unless the columns say already what a window of it hides.
+    """
+    kind = kind or layer_type(adapter, layer)
     if "linear" in kind:  # recurrent layers want the padding of the new tokens only
         new = None if mask is None else mask[:, -hidden.shape[1] :]
         return None if new is None or bool(new.all()) else new
     cache, more = one_layer(cache, layer), dict[str, Any]()
-    if kind not in (FULL, SLIDING):  # an indexer, say, looks at the mask itself
+    if kind not in (FULL, *WINDOWS):  # an indexer, say, looks at the mask itself
         more["allow_is_causal_skip"] = False
     if position_ids is not None:
         more["position_ids"] = position_ids
-    return causal_mask(kind == SLIDING, adapter.language_model.config, mask, cache, hidden, **more)
+    return causal_mask(kind, adapter.language_model.config, mask, cache, hidden, **more)
 
 
 def gather_mask(mask: Any, index: Tensor, valid: Tensor, past: int = 0) -> Any:
@@ -365,7 +381,11 @@ def hide_columns(mask: Any, columns: Tensor, unprepared: Tensor | None) -> Any:
 
 # ----------------------------------------------------------------------------------------------- steps on pruned caches
 def columns_of(
-    cache: Cache, index: int, query: int, mask: Tensor | None = None, window: int | None = None
+    cache: Cache,
+    index: int,
+    query: int,
+    mask: Tensor | None = None,
+    near: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor | None:
     """Validity of the columns that layer ``index`` of a pruned cache will attend to; None if all are valid.
 
@@ -375,8 +395,9 @@ def columns_of(
         Number of new tokens.
     mask : Tensor, optional
         The caller's mask over the logical sequence, (B, L).
-    window : int, optional
-        Hide what is further away in the *original* sequence (transformers counts stored columns).
+    near : callable, optional
+        For the places (B, n) of columns in the *original* sequence and that of the single query, which of them its
+        window holds (transformers counts stored columns).
 
     Returns
     -------
@@ -392,15 +413,28 @@ def columns_of(
     tail = have + query - stored.shape[1]
     if mask is not None:
         valid = torch.cat([stored, mask[:, mask.shape[1] - tail :].to(stored)], 1)
-    elif pruned.full and not window:
+    elif pruned.full and near is None:
         return None
     else:
         valid = torch.cat([stored, stored.new_ones(stored.shape[0], tail)], 1)
-    if window:
+    if near is not None:
         now = have + pruned.dropped  # index of the single query
-        near = pad(pruned.place[:, :have] > now - window, (0, tail), value=True)
-        valid = valid & near
+        since = torch.arange(now + query - tail, now + query, device=stored.device).expand(len(stored), -1)
+        valid = valid & near(torch.cat([pruned.place[:, :have], since], 1), now)
     return pad(valid, (pruned.dropped, 0)) if pruned.dropped else valid
+
+
+def in_window(kind: str, window: int | None, mask: Tensor | None) -> Callable[[Tensor, int], Tensor] | None:
+    """What `columns_of` asks about the windows of a kind of layer; None if it sees all.
+
+    Chunks are counted from the first token behind the padding of a row, which the caller's ``mask`` (B, L) tells.
+    """
+    if window is None:
+        return None
+    if kind == SLIDING:
+        return lambda place, now: place > now - window
+    padding: Any = 0 if mask is None else (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    return lambda place, now: (place - padding) // window == (now - padding) // window
 
 
 def step_mask(cache: Cache, index: int, given: Tensor) -> Tensor:
@@ -503,6 +537,8 @@ class Visibility:
             (B, S, D) and (B, n, D): the embeddings before and after the drop.
         """
         columns = self.columns(0, valid)
+        if self.adapter.recounts:  # the masks of a shorter prompt
+            return columns
         whole = self._prepared(full)
 
         def shorter(mask: Any, kind: str | None = None) -> Any:
@@ -510,7 +546,7 @@ class Visibility:
                 start = _first_column(mask, self.real.shape[1], self.past, self.cache)
                 return gather_mask(mask, index, valid, start)
             if mask is None and kind:  # prepared by generate() or the outer model: the language model will not look
-                skip = bool(columns.all()) and layer_type(self.adapter, self.first[kind]) in (FULL, SLIDING, LINEAR)
+                skip = bool(columns.all()) and layer_type(self.adapter, self.first[kind]) in (FULL, LINEAR, *WINDOWS)
                 return None if skip else self._built(kind, short, columns)
             return columns
 

@@ -81,7 +81,8 @@ class Prefill:
         keep = group.valid
         if cut is not None:
             keep = group.stays(self.context.kept(cut))
-            kwargs = {**kwargs, "inputs_embeds": group.rewritten(full, cut)}
+            if cut.features is not None:
+                kwargs = self.adapter.with_shown(kwargs, group.rewritten(self.adapter.shown(kwargs), cut))
             self._advance(cut)
         nothing = cut is None or torch.equal(keep, group.valid)
         if not nothing:

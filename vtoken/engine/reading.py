@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vtoken import compat
 from vtoken.context import Attention, VisualContext
 from vtoken.engine import masks
 from vtoken.engine.taps import Reader, SeenEnoughError, tap, untapped
@@ -25,6 +26,9 @@ from vtoken.precision import without_autocast
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
     from vtoken.engine.prompt import View
+
+BESIDE = ("position_bias", "sinks", "s_aux")
+"""Arguments of attention that change its rows beside queries, keys and masks."""
 
 
 def attention_rows(
@@ -57,6 +61,11 @@ def attention_rows(
     Tensor
         (B, H, R, K).
     """
+    if beside := [name for name in BESIDE if kwargs.get(name) is not None]:
+        raise NotImplementedError(
+            f"{type(module).__name__} adds to its logits what only its backend knows ({beside[0]}), so that its "
+            "attention cannot be read: use a reducer that reads no decoder attention."
+        )
     size, heads, queries, width = query.shape
     keys = key.shape[2]
     scale = kwargs.get("scaling") or width**-0.5
@@ -194,9 +203,10 @@ class Coming:
 
         block = self.adapter.attention(self.module)
         normed = getattr(self.module, self.adapter.attention_norm)(self.hidden)
-        tables = self.kwargs["position_embeddings"]
+        tables = {name: value for name, value in self.kwargs.items() if name == "position_embeddings"}
         with tap(block, read), contextlib.suppress(SeenEnoughError):
-            block(hidden_states=normed, position_embeddings=tables, attention_mask=None)
+            given = {"hidden_states": normed, "attention_mask": None, compat.CACHE: None, **tables}
+            block(**compat.in_words_of(type(block).forward, given))
         return Attention(box[0].probabilities, box[0].valid)
 
     @torch.no_grad()
@@ -205,9 +215,10 @@ class Coming:
         index, valid = compact(keep)
         hidden = gather(self.view.take(self.hidden), index)
         mask = masks.build_mask(self.adapter, self.layer, hidden, valid, None)
-        tables = table_rows(self.kwargs["position_embeddings"], self.view, index)
-        kwargs = {name: value for name, value in self.kwargs.items() if name != "past_key_values"}
-        kwargs |= {"attention_mask": mask, "position_embeddings": tables, "position_ids": None}
+        kwargs = {**self.kwargs, "position_ids": None, "attention_mask": mask, compat.CACHE: None}
+        if (tables := self.kwargs.get("position_embeddings")) is not None:
+            kwargs["position_embeddings"] = table_rows(tables, self.view, index)
+        kwargs = compat.in_words_of(type(self.module).forward, kwargs)
         linear = "linear" in masks.layer_type(self.adapter, self.layer)
         with self.aside(), contextlib.nullcontext() if linear else untapped(self.adapter.attention(self.module)):
             output = self.module.forward(hidden, **kwargs)  # not called: hooks and checkpointing are the real run's

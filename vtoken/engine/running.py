@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +62,13 @@ class Running:
             return None
         return prefill.group.relative, prefill.group.valid
 
+    def places(self) -> tuple[Tensor, int] | None:
+        """See `AdapterHooks.places`."""
+        prefill = self.session.prefill
+        if prefill is None:
+            return None
+        return prefill.group.index + prefill.past, prefill.past
+
     # ------------------------------------------------------------------ before the language model
     def language_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Begins a prefill, or lets a step go on where compact position ids ended."""
@@ -75,8 +83,9 @@ class Running:
 
     @torch.compiler.disable(reason=COMPILED)
     def _language_pre(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.adapter.outer is None:
-            kwargs = self.session.opening.bare_pre(kwargs)
+        forward = self.session.forward
+        if self.adapter.outer is None or forward is None or not forward.entered:
+            kwargs = self.session.opening.bare_pre(kwargs)  # a model without an outer module, or past it
         forward = self.session.forward
         if forward is None or forward.kinds is None or not forward.records:
             pruned = kv.pruned_of(kwargs.get("past_key_values"))
@@ -97,7 +106,8 @@ class Running:
         prompt = self._prompt(forward, kwargs, real, past)
         visibility = masks.Visibility(self.adapter, kwargs, cache, real, prompt.document, past)
         hide = session.backend == "mask"
-        prefill = Prefill(self.adapter, prompt, visibility, embeds, session.reducer.newlines, hide)
+        shown = self.adapter.shown(kwargs)
+        prefill = Prefill(self.adapter, prompt, visibility, shown, session.reducer.newlines, hide)
         forward.prefill = prefill  # the layers' hooks act from here on
         ctx = prefill.context
         stats = Stats(ctx.tokens, prompt.placed.row, self.work.depth, forward.asked)
@@ -168,9 +178,7 @@ class Running:
                 f"{type(module).__name__} is given its hidden states by name and not as the first argument, in which "
                 f"vtoken cuts them: {compat.way_out()}."
             )
-        hidden, streams = args[0], len(args[0])
-        if several := hidden.dim() == 4:  # residual streams (A, B, n, D), side by side for the reducer
-            hidden = hidden.permute(1, 2, 0, 3).flatten(2)
+        hidden, restored = side_by_side(args[0], prefill.group.index.shape)
         if index in self.work.layers and prefill.has_visual:
             compat.check_checkpointing(module, "decoder")
             started = time.perf_counter()
@@ -182,9 +190,7 @@ class Running:
             stats.selection_seconds += time.perf_counter() - started
         rest = list(args[1:]) if prefill.hide else [rows_left(value, prefill.groups) for value in args[1:]]
         kwargs = prefill.layer_kwargs(index, hidden, kwargs)
-        if several:
-            hidden = hidden.unflatten(2, (streams, -1)).permute(2, 0, 1, 3)
-        return (hidden, *rest), kwargs
+        return (restored(hidden), *rest), kwargs
 
     # ------------------------------------------------------------------ after the language model
     def language_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -214,3 +220,20 @@ class Running:
                 f"Reducer {self.session.reducer.name!r} drops tokens behind the last layer, where nothing gets "
                 f"cheaper any more: return None at layer {self.work.depth}."
             )
+
+
+def side_by_side(states: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """States of several residual streams, (A, B, n, D) or (B, n, A, D), as (B, n, A * D); and the way back.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (B, n).
+    """
+    if states.dim() == 3:
+        return states, lambda hidden: hidden
+    if states.shape[:2] == shape:
+        count = states.shape[2]
+        return states.flatten(2), lambda hidden: hidden.unflatten(2, (count, -1))
+    count = states.shape[0]
+    return states.permute(1, 2, 0, 3).flatten(2), lambda hidden: hidden.unflatten(2, (count, -1)).permute(2, 0, 1, 3)

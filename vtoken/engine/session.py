@@ -54,6 +54,7 @@ class Session:
     def __init__(self, adapter: Adapter, reducer: Reducer, positions: str, backend: str) -> None:
         self.adapter, self.reducer, self.positions, self.backend = adapter, reducer, positions, backend
         self.work = work = Work.of(adapter, reducer, backend)
+        work.check_limits(adapter, reducer, positions, backend)
         reads, projector = ((), False) if work.idle else (reducer.encoder_reads(), reducer.needs_projector)
         self.reader = VisionReader(adapter, reads, projector, reducer.cutter, reducer.resampler)
         self.light = LightDecoder(adapter, work.light, work.taps)
@@ -101,7 +102,7 @@ class Session:
                 self._replace(adapter.generator, "generate", opening.generating)
             name = "create_masks_for_generate"
             self._replace(adapter.generator, name, opening.static_masks, create_masks_for_generate)
-        adapter.install(AdapterHooks(self._replace, self.reader, opening.announce, running.rows))
+        adapter.install(AdapterHooks(self._replace, self.reader, opening.announce, running.rows, running.places))
 
     def detach(self) -> None:
         """Remove every trace."""

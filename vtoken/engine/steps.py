@@ -33,8 +33,8 @@ def step_kwargs(
     first: Any = kv.pruned_of(cache)
     hidden = args[0] if args[0].dim() == 3 else args[0][0]  # one of several residual streams
     query = hidden.shape[1]
-    sliding = kind == masks.SLIDING and pruned.buffer is None and query == 1
-    if pruned.group == first.group and not sliding:
+    window = masks.window_of(adapter, kind) if pruned.buffer is None and query == 1 and not adapter.recounts else None
+    if pruned.group == first.group and window is None:
         return None  # the model builds the mask of the first layer itself
     memo = {} if forward is None else forward.masks
     key = (pruned.group, kind)
@@ -43,8 +43,8 @@ def step_kwargs(
         if query == 1 and kind == masks.FULL and prepared and pruned.buffer is None:
             memo[key] = None if given is None else masks.step_mask(cache, source, given)
         else:
-            window = adapter.language_model.config.sliding_window if sliding else None
-            columns = masks.columns_of(cache, source, query, None if forward is None else forward.mask2d, window)
-            nothing = columns is None and given is None
-            memo[key] = None if nothing else masks.build_mask(adapter, source, hidden, columns, cache)
+            mask2d = None if forward is None else forward.mask2d
+            columns = masks.columns_of(cache, source, query, mask2d, masks.in_window(kind, window, mask2d))
+            nothing, told = columns is None and given is None, masks.FULL if kind == masks.CHUNKED else None
+            memo[key] = None if nothing else masks.build_mask(adapter, source, hidden, columns, cache, kind=told)
     return None if memo[key] is given else (args, {**kwargs, "attention_mask": memo[key]})

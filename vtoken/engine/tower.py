@@ -141,8 +141,10 @@ def record_of(output: Any) -> VisionRecord | None:
 def feature_list(output: Any) -> list[Tensor]:
     """The per-item features (N_i, D) of a ``get_image_features`` output, which has one tensor or several."""
     features = getattr(output, "pooler_output", output)
-    if features is None:  # a model without a projector of its own
+    if features is None:  # a model without a projector of its own, or one that hands over features by decoder layer
         features = output.last_hidden_state
+    if features is None:
+        features = output.deepstack_features[0][1]
     if isinstance(features, Tensor) and features.dim() == 2:
         return [features]
     return [item.reshape(-1, item.shape[-1]) for item in features]

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vtoken.engine.masks import layer_type
+from vtoken.adapters.base import BETWEEN, HIDING, KEPT_POSITIONS, READING
+from vtoken.engine.masks import WINDOWS, layer_type
 from vtoken.light import LightLayer
 
 if TYPE_CHECKING:
@@ -94,5 +95,31 @@ class Work:
 
     @property
     def slides(self) -> bool:
-        """Whether any layer attends in a sliding window."""
-        return "sliding_attention" in self.kinds
+        """Whether any layer attends in windows."""
+        return any(kind in WINDOWS for kind in self.kinds)
+
+    def check_limits(self, adapter: Adapter, reducer: Reducer, positions: str, backend: str) -> None:
+        """Refuse what a family cannot do by half.
+
+        Raises
+        ------
+        NotImplementedError
+            One sentence with the reason that the family gives.
+        """
+        limits, name = adapter.limits, type(adapter.model).__name__
+        if self.idle:
+            return
+        if backend == "mask" and HIDING in limits:
+            raise NotImplementedError(f"{name} {limits[HIDING]}: use backend='drop'.")
+        if positions == "keep" and KEPT_POSITIONS in limits:
+            raise NotImplementedError(f"{name} {limits[KEPT_POSITIONS]}: pass positions='compact'.")
+        if BETWEEN in limits and (self.layers - {self.depth} or self.light):
+            raise NotImplementedError(
+                f"{name} {limits[BETWEEN]}, so that {reducer.name!r} cannot act between its layers: use a reducer that "
+                "drops tokens before the decoder."
+            )
+        if READING in limits and self.taps:
+            raise NotImplementedError(
+                f"{name} {limits[READING]}, so that {reducer.name!r} cannot read it: use a reducer that reads no "
+                "decoder attention."
+            )
