@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from vtoken.adapters.base import IMAGE, MODALITIES, VIDEO, Adapter, equal_views, single_view, squarest_grid
+from vtoken.adapters.marking import Marker
 from vtoken.adapters.qwen3_vl import cut_rows, follow_deepstack
 from vtoken.context import ItemLayout
 from vtoken.ops.ragged import gather, run_lengths
@@ -122,6 +123,7 @@ class GenericAdapter(Adapter):
         if self.placeholders[IMAGE] == self.placeholders[VIDEO]:
             self.placeholders[VIDEO] = None  # clips stand behind the placeholders of pictures
         self.pixel_keys = pixel_arguments(self.outer)
+        self._marker = Marker(self)
         check_decoder(model, self.language_model)
 
     def check_parts(self) -> None:
@@ -247,10 +249,33 @@ class GenericAdapter(Adapter):
             )
         return found
 
+    @functools.cached_property
+    def global_blocks(self) -> tuple[int, ...]:
+        return tuple(n for n in super().global_blocks if attention_of(self.tower_blocks[n]) is not None)
+
     def read_block(self, layer: int | float) -> int:
+        if isinstance(layer, int) and layer >= 0:
+            self.vision_attention(layer)  # or say that it has none
+        return super().read_block(layer)
+
+    def skipped_tokens(self, call: dict[str, Any]) -> int:
+        return 0  # they are rows that become no token, as they show when they are marked
+
+    def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        """Bring per-patch maps to token order, by what marks on patches change.
+
+        Raises
+        ------
+        ValueError
+            If visual tokens are not made of patches of their own.
+        """
+        rows = torch.cat([part.flatten(0, 1) for part in parts])
+        return self._marker.map_of(modality, call, len(rows)).mean(rows)
+
+    def tower_groups(self, patches: int, modality: str) -> Tensor:
         raise ValueError(
-            f"{type(self.model).__name__} is served by convention, which does not tell what patch of the vision tower "
-            "becomes which token: use a reducer that needs no encoder attention."
+            f"{type(self.model).__name__} is served by convention, which does not tell what patches of the vision "
+            "tower can be left out together: use a reducer that acts before the language model."
         )
 
     def item_lengths(self, features: list[Tensor], call: dict[str, Any]) -> list[int]:
