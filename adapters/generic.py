@@ -21,7 +21,7 @@ from transformers import GenerationMixin
 from vtoken.adapters.base import IMAGE, MODALITIES, VIDEO, Adapter, equal_views, single_view, squarest_grid
 from vtoken.adapters.marking import Marker
 from vtoken.adapters.qwen3_vl import cut_rows, follow_deepstack
-from vtoken.context import ItemLayout
+from vtoken.context import NEWLINE, ItemLayout
 from vtoken.ops.ragged import gather, run_lengths
 
 if TYPE_CHECKING:
@@ -222,6 +222,36 @@ class GenericAdapter(Adapter):
         inside = set(self.language_model.modules())
         others = [part for name, part in self.outer.named_children() if "audio" not in name]
         return max((part for part in others if not inside & {*part.modules()}), key=_size)
+
+    @property
+    def projector(self) -> nn.Module:
+        """The module that turns encoder features into embeddings.
+
+        Raises
+        ------
+        ValueError
+            If it has no usual name.
+        """
+        try:
+            return super().projector
+        except StopIteration:
+            raise ValueError(self._no_projector_input) from None
+
+    @property
+    def _no_projector_input(self) -> str:
+        return (
+            f"{type(self.model).__name__} is served by convention, which does not tell what its projector is given for "
+            "a token: use a reducer that does not look at the projector's input (some take visual='projected')."
+        )
+
+    def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        raise ValueError(self._no_projector_input)
+
+    def resampled(self, modality: str, call: dict[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
+        raise ValueError(
+            f"{type(self.model).__name__} is served by convention, which does not tell how its pictures are made "
+            "smaller: use the processor's own settings for that, or the reducer 'pooled'."
+        )
 
     @property
     def tower_blocks(self) -> nn.ModuleList:
@@ -476,7 +506,21 @@ def _layout(time: int, height: int, width: int, length: int) -> ItemLayout:
     rows, columns = height // max(merge, 1), width // max(merge, 1)
     if time * rows * columns == length:
         return equal_views(time, rows, columns)
+    if rows * (columns + 1) + 2 == length:
+        return _framed(rows, columns)
     return single_view(*squarest_grid(max(length, 1)))
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # a cached tensor may be an index in a pass that keeps gradients
+def _framed(rows: int, columns: int) -> ItemLayout:
+    """One grid with a separator before it, one after each of its rows, and one behind it."""
+    patch = torch.zeros(rows, columns + 1, dtype=torch.bool, device="cpu")
+    patch[:, :-1] = True
+    there = nn.functional.pad(patch.flatten(), (1, 1))
+    index = (there.cumsum(0) - 1).clamp(min=0)
+    row, column = (torch.where(there, place, 0) for place in (index // columns, index % columns))
+    return ItemLayout(torch.where(there, 0, NEWLINE), row, column, ((rows, columns),))
 
 
 def _fill(record: VisionRecord, counts: list[int], runs: list[int]) -> bool:

@@ -100,7 +100,8 @@ class Marker:
         Raises
         ------
         ValueError
-            If no block has so many rows, if no derivative arrives, or if patches become parts of several tokens.
+            If no block has so many rows, if no derivative arrives, if patches become parts of several tokens, or if
+            tokens that are not known as separators are made of none.
         """
         given = {name: value for name, value in call.items() if name != "kwargs"}
         key = (modality, rows, _shape_of(given))
@@ -120,13 +121,22 @@ class Marker:
                 self._encode(modality, given)
             marked.mark(self._chosen(marked.shapes, rows))
             with marked.open(), torch.enable_grad():
-                features = self._encode(modality, given)
-            return PatchMap.of(self._decode(features, marked.leaves), len(features))
+                entries = self._encode(modality, given)
+            features = torch.cat(entries)
+            found = PatchMap.of(self._decode(features, marked.leaves), len(features))
+        lengths = self.adapter.item_lengths(entries, given)
+        separator = torch.cat([layout.newline for layout in self.adapter.layouts(modality, given, lengths)])
+        if bool(((found.members < 0).all(1).cpu() & ~separator.cpu()).any()):
+            raise ValueError(
+                f"{type(self.adapter.model).__name__} has visual tokens that no patch becomes a part of, where none "
+                f"are known to stand between those of a picture: {WAY_OUT}"
+            )
+        return found
 
-    def _encode(self, modality: str, given: dict[str, Any]) -> Tensor:
-        """(T, D) features of all items."""
+    def _encode(self, modality: str, given: dict[str, Any]) -> list[Tensor]:
+        """(N, D) features of each entry of what the model returns."""
         encode = getattr(self.adapter.outer, f"get_{modality}_features")
-        return torch.cat(feature_list(encode(**{**given, "return_dict": True})))
+        return feature_list(encode(**{**given, "return_dict": True}))
 
     def _chosen(self, shapes: list[list[torch.Size]], rows: int) -> set[int]:
         """Numbers of the blocks that work on so many rows."""
