@@ -16,7 +16,6 @@ from vtoken.adapters.llava import LlavaAdapter
 from vtoken.adapters.llava_next import LlavaNextAdapter
 from vtoken.adapters.llava_next_video import LlavaNextVideoAdapter
 from vtoken.adapters.llava_onevision import LlavaOnevisionAdapter
-from vtoken.adapters.mistral3 import Mistral3Adapter
 from vtoken.adapters.original_llava import OriginalLlavaAdapter
 from vtoken.adapters.qwen3_vl import Qwen3VLAdapter
 from vtoken.adapters.qwen_vl import QwenVLAdapter
@@ -31,7 +30,6 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Qwen3VLAdapter,
     InternVLAdapter,
     TilesAdapter,
-    Mistral3Adapter,
     GenericAdapter,
 )
 

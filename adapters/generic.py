@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -94,6 +95,7 @@ class GenericAdapter(Adapter):
         "minicpm_ocr",
         "minicpmv4_6",
         "minicpmv4_7",
+        "mistral3",
         "mistral_large4",
         "molmo2",
         "muse_glimmer",
@@ -235,17 +237,19 @@ class GenericAdapter(Adapter):
         try:
             return super().projector
         except StopIteration:
-            raise ValueError(self._no_projector_input) from None
-
-    @property
-    def _no_projector_input(self) -> str:
-        return (
-            f"{type(self.model).__name__} is served by convention, which does not tell what its projector is given for "
-            "a token: use a reducer that does not look at the projector's input (some take visual='projected')."
-        )
+            raise ValueError(
+                f"The projector of {type(self.model).__name__} has no usual name, so that it cannot be told what it is "
+                "given for a token: use a reducer that does not look at the projector's input (some take "
+                "visual='projected')."
+            ) from None
 
     def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
-        raise ValueError(self._no_projector_input)
+        """The row of each token, by what marks on rows change, where the projector is given one for each."""
+        rows = torch.cat([part.flatten(0, -2) for part in parts])
+        found = self._marker.map_of(modality, call, len(rows), self.projector)
+        if found.members.shape[1] > 1:
+            return super().pack_projector_input(parts, modality, call)
+        return found.mean(rows)
 
     def resampled(self, modality: str, call: dict[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
         raise ValueError(
@@ -339,11 +343,13 @@ class GenericAdapter(Adapter):
         return replace(record, lengths=runs, layouts=[single_view(*squarest_grid(length)) for length in runs])
 
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
-        """Grids as the call names them (time, height, width), else the most square ones."""
-        grids = _grids(call)
-        if grids is None or len(grids) != len(lengths):
-            return [single_view(*squarest_grid(max(length, 1))) for length in lengths]
-        return [_layout(*grid, length) for grid, length in zip(grids.tolist(), lengths, strict=True)]
+        """Grids as the call names them (time, height, width, or pixels), else the most square ones."""
+        grids, sizes = _grids(call), call.get("image_sizes")
+        if grids is not None and len(grids) == len(lengths):
+            return [_layout(*grid, length) for grid, length in zip(grids.tolist(), lengths, strict=True)]
+        if isinstance(sizes, Tensor) and sizes.shape == (len(lengths), 2):
+            return [_of_size(*size, length) for size, length in zip(sizes.tolist(), lengths, strict=True)]
+        return [single_view(*squarest_grid(max(length, 1))) for length in lengths]
 
 
 # ------------------------------------------------------------------------------------------------------ finding things
@@ -512,6 +518,16 @@ def _layout(time: int, height: int, width: int, length: int) -> ItemLayout:
 
 
 @functools.lru_cache(maxsize=64)
+def _of_size(height: int, width: int, length: int) -> ItemLayout:
+    """One grid of square tokens that fills a picture of so many pixels, if there is one of that length."""
+    cell = (height * width / length) ** 0.5 if length else 1
+    rows, columns = round(height / cell), round(width / cell)
+    if rows * columns != length or rows * width != columns * height:
+        return single_view(*squarest_grid(max(length, 1)))
+    return replace(single_view(rows, columns), size=(height, width))
+
+
+@functools.lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)  # a cached tensor may be an index in a pass that keeps gradients
 def _framed(rows: int, columns: int) -> ItemLayout:
     """One grid with a separator before it, one after each of its rows, and one behind it."""
@@ -525,8 +541,8 @@ def _framed(rows: int, columns: int) -> ItemLayout:
 
 def _fill(record: VisionRecord, counts: list[int], runs: list[int]) -> bool:
     """Whether the entries fill the rows of the batch, each within one run or, with a view for each, several."""
-    ends = set(torch.tensor([0, *runs]).cumsum(0).tolist())
-    rows = set(torch.tensor([0, *counts]).cumsum(0).tolist())
+    ends = set(itertools.accumulate(runs, initial=0))
+    rows = set(itertools.accumulate(counts, initial=0))
     places, first = set(), 0
     for length, layout in zip(record.lengths, record.layouts, strict=True):
         last = first + length

@@ -84,7 +84,7 @@ class Marker:
         self.adapter, self.size = adapter, size
         self.maps: dict[Any, PatchMap] = {}
 
-    def map_of(self, modality: str, call: Mapping[str, Any], rows: int) -> PatchMap:
+    def map_of(self, modality: str, call: Mapping[str, Any], rows: int, behind: nn.Module | None = None) -> PatchMap:
         """The map of one call of ``get_*_features``.
 
         Parameters
@@ -96,6 +96,8 @@ class Marker:
         rows : int
             Rows of all views, with leading tokens, in the block whose patches are meant. Towers that merge patches
             between their blocks have other numbers of them before and behind.
+        behind : nn.Module or None
+            One the rows of whose input are meant instead.
 
         Raises
         ------
@@ -104,22 +106,22 @@ class Marker:
             tokens that are not known as separators are made of none.
         """
         given = {name: value for name, value in call.items() if name != "kwargs"}
-        key = (modality, rows, _shape_of(given))
+        key = (modality, rows, behind, _shape_of(given))
         if (found := self.maps.pop(key, None)) is None:
-            found = self._measure(modality, given, rows)
+            found = self._measure(modality, given, rows, behind)
         self.maps[key] = found  # the one used last stands last
         while len(self.maps) > self.size:
             del self.maps[next(iter(self.maps))]
         return found
 
-    def _measure(self, modality: str, given: dict[str, Any], rows: int) -> PatchMap:
-        blocks = list(self.adapter.tower_blocks)
+    def _measure(self, modality: str, given: dict[str, Any], rows: int, behind: nn.Module | None) -> PatchMap:
         with torch.inference_mode(mode=False):
             given = {name: _ordinary(value) for name, value in given.items()}
-            marked = _Marked(blocks)
-            with marked.open(), torch.no_grad():
-                self._encode(modality, given)
-            marked.mark(self._chosen(marked.shapes, rows))
+            marked = _Marked([] if behind else list(self.adapter.tower_blocks), behind)
+            if behind is None:
+                with marked.open(), torch.no_grad():
+                    self._encode(modality, given)
+                marked.mark(self._chosen(marked.shapes, rows))
             with marked.open(), torch.enable_grad():
                 entries = self._encode(modality, given)
             features = torch.cat(entries)
@@ -180,14 +182,16 @@ class _Marked:
     ----------
     blocks : list of nn.Module
         The blocks, in their order.
+    behind : nn.Module or None
+        Another module, the input of which is noise too.
     """
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: list[nn.Module], behind: nn.Module | None) -> None:
+        self.blocks, self.behind = blocks, behind
         self.shapes: list[list[torch.Size]] = [[] for _ in blocks]
         """Per block, the shapes of the hidden states of its calls."""
         self.leaves: list[Tensor] = []
-        """The noise, one tensor for each call of a marked block: what comes before it does not matter."""
+        """The noise, one tensor for each call of a marked module: what comes before it does not matter."""
         self._marked: set[int] = set()
         self._further: dict[type, Any] = {}
         """What blocks of a class return beside hidden states; None if they return no tuple."""
@@ -199,8 +203,10 @@ class _Marked:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """While open, the blocks are replaced."""
+        """While open, the modules are replaced."""
         with contextlib.ExitStack() as stack:
+            if self.behind is not None:
+                stack.callback(self.behind.register_forward_pre_hook(self._before).remove)
             for number, block in enumerate(self.blocks):
                 forward, own = block.forward, vars(block).get("forward")
                 stack.callback(functools.partial(_restore, block, own, block.training))
@@ -218,11 +224,17 @@ class _Marked:
         call = len(self.shapes[number])
         self.shapes[number].append(hidden.shape)
         if number in self._marked:
-            if call == len(self.leaves):
-                self.leaves.append(_noise(hidden).requires_grad_())
-            hidden = self.leaves[call].clone()  # what follows may write into it
+            hidden = self._leaf(call, hidden)
         further = self._further[kind]
         return hidden if further is None else (hidden, *further)
+
+    def _before(self, module: nn.Module, args: tuple) -> tuple:
+        return self._leaf(len(self.leaves), args[0]), *args[1:]
+
+    def _leaf(self, call: int, hidden: Tensor) -> Tensor:
+        if call == len(self.leaves):
+            self.leaves.append(_noise(hidden).requires_grad_())
+        return self.leaves[call].clone()  # what follows may write into it
 
 
 def _restore(block: nn.Module, forward: Any, training: bool) -> None:
@@ -235,7 +247,7 @@ def _restore(block: nn.Module, forward: Any, training: bool) -> None:
 
 def _noise(like: Tensor) -> Tensor:
     """Normal numbers of the shape of a tensor, the same ones every time."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float32).to(like)
 
 

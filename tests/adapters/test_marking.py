@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import sys
+from dataclasses import dataclass
 
 import pytest
 import tiny
@@ -382,15 +383,37 @@ def test_a_block_that_does_not_attend_is_not_read():
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("kind", "name", "sentence"),
     [
-        ("zooprune", "does not tell what its projector is given"),
-        ("downsample", "does not tell how its pictures are made smaller"),
-        ("tower-prune", "does not tell what patches of the vision tower can be left out together"),
+        ("deepseek_vl", "zooprune", "projector of DeepseekVLForConditionalGeneration has no usual name"),
+        ("shieldgemma2", "zooprune", "a token has no input of its own"),
+        ("deepseek_vl", "downsample", "does not tell how its pictures are made smaller"),
+        ("deepseek_vl", "tower-prune", "does not tell what patches of the vision tower can be left out together"),
     ],
 )
-@pytest.mark.parametrize("kind", ["deepseek_vl", "qianfan_ocr"])
 def test_what_is_not_found_by_convention_is_said(kind, name, sentence):
     case = zoo.make(kind, (1,))
     with vtoken.reduce(case.model, built(name, 0.5)), pytest.raises(ValueError, match=sentence), torch.no_grad():
         case.model(**case.inputs)
+
+
+@dataclass(frozen=True)
+class BeforeProjector(Look):
+    """Looks at what the projector is given, too."""
+
+    needs_projector = True
+
+
+ONE_TO_ONE = ("glm4v", "glm4v_moe", "glm_ocr", "qianfan_ocr", "video_llava", "nemotron_h_omni")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ONE_TO_ONE if kind in INSTALLED])
+def test_the_input_of_a_projector_that_has_one_row_for_a_token(kind):
+    """The projector makes the token of it."""
+    case, look = zoo.make(kind, BATCH), BeforeProjector()
+    with vtoken.reduce(case.model, look), torch.no_grad():
+        case.model(**case.inputs)
+    ctx = look.seen["ctx"]
+    with torch.no_grad():
+        made = ctx.projector(ctx.projector_input[ctx.valid])
+    torch.testing.assert_close(made, ctx.features[ctx.valid], atol=1e-5, rtol=1e-4)
