@@ -51,13 +51,6 @@ def test_the_table_has_a_row_for_every_type():
     assert sorted(REFUSED) == zoo.unserved()
 
 
-@pytest.mark.parametrize("name", ["visionzip", "prumerge"])
-def test_encoder_statistics_are_refused(name):
-    case = zoo.make("deepseek_vl", (1,))
-    with vtoken.reduce(case.model, name, keep=0.5), pytest.raises(ValueError, match="what patch of the vision tower"):
-        case.model(**case.inputs)
-
-
 def test_cuts_behind_shared_keys_are_refused():
     case = zoo.make("gemma3n", (1,))
     with pytest.raises(NotImplementedError, match="layer 2 made or chose"):
