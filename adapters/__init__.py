@@ -18,7 +18,6 @@ from vtoken.adapters.llava import LlavaAdapter
 from vtoken.adapters.llava_next import LlavaNextAdapter
 from vtoken.adapters.llava_next_video import LlavaNextVideoAdapter
 from vtoken.adapters.llava_onevision import LlavaOnevisionAdapter
-from vtoken.adapters.mistral3 import Mistral3Adapter
 from vtoken.adapters.original_llava import OriginalLlavaAdapter
 from vtoken.adapters.qformer import QFormerAdapter
 from vtoken.adapters.qwen3_vl import Qwen3VLAdapter
@@ -36,7 +35,6 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Qwen3VLAdapter,
     InternVLAdapter,
     TilesAdapter,
-    Mistral3Adapter,
     Llama4Adapter,
     Granite4VisionAdapter,
     Qwen4Adapter,

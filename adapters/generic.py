@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from vtoken.adapters.base import IMAGE, MODALITIES, VIDEO, Adapter, equal_views, single_view, squarest_grid
+from vtoken.adapters.marking import Marker
 from vtoken.adapters.qwen3_vl import cut_rows, follow_deepstack
-from vtoken.context import ItemLayout
+from vtoken.context import NEWLINE, ItemLayout
 from vtoken.ops.ragged import gather, run_lengths
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ class GenericAdapter(Adapter):
         "minicpm_ocr",
         "minicpmv4_6",
         "minicpmv4_7",
+        "mistral3",
         "mistral_large4",
         "molmo2",
         "muse_glimmer",
@@ -126,6 +129,7 @@ class GenericAdapter(Adapter):
         if self.placeholders[IMAGE] == self.placeholders[VIDEO]:
             self.placeholders[VIDEO] = None  # clips stand behind the placeholders of pictures
         self.pixel_keys = pixel_arguments(self.outer)
+        self._marker = Marker(self)
         for question, check in CHECKS.items():
             if question not in self.answers:
                 check(type(model).__name__, model, self.language_model)
@@ -237,6 +241,38 @@ class GenericAdapter(Adapter):
         return max((part for part in others if not inside & {*part.modules()}), key=_size)
 
     @property
+    def projector(self) -> nn.Module:
+        """The module that turns encoder features into embeddings.
+
+        Raises
+        ------
+        ValueError
+            If it has no usual name.
+        """
+        try:
+            return super().projector
+        except StopIteration:
+            raise ValueError(
+                f"The projector of {type(self.model).__name__} has no usual name, so that it cannot be told what it is "
+                "given for a token: use a reducer that does not look at the projector's input (some take "
+                "visual='projected')."
+            ) from None
+
+    def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        """The row of each token, by what marks on rows change, where the projector is given one for each."""
+        rows = torch.cat([part.flatten(0, -2) for part in parts])
+        found = self._marker.map_of(modality, call, len(rows), self.projector)
+        if found.members.shape[1] > 1:
+            return super().pack_projector_input(parts, modality, call)
+        return found.mean(rows)
+
+    def resampled(self, modality: str, call: dict[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
+        raise ValueError(
+            f"{type(self.model).__name__} is served by convention, which does not tell how its pictures are made "
+            "smaller: use the processor's own settings for that, or the reducer 'pooled'."
+        )
+
+    @property
     def tower_blocks(self) -> nn.ModuleList:
         """The longest list of modules that attend.
 
@@ -262,10 +298,33 @@ class GenericAdapter(Adapter):
             )
         return found
 
+    @functools.cached_property
+    def global_blocks(self) -> tuple[int, ...]:
+        return tuple(n for n in super().global_blocks if attention_of(self.tower_blocks[n]) is not None)
+
     def read_block(self, layer: int | float) -> int:
+        if isinstance(layer, int) and layer >= 0:
+            self.vision_attention(layer)  # or say that it has none
+        return super().read_block(layer)
+
+    def skipped_tokens(self, call: dict[str, Any]) -> int:
+        return 0  # they are rows that become no token, as they show when they are marked
+
+    def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        """Bring per-patch maps to token order, by what marks on patches change.
+
+        Raises
+        ------
+        ValueError
+            If visual tokens are not made of patches of their own.
+        """
+        rows = torch.cat([part.flatten(0, 1) for part in parts])
+        return self._marker.map_of(modality, call, len(rows)).mean(rows)
+
+    def tower_groups(self, patches: int, modality: str) -> Tensor:
         raise ValueError(
-            f"{type(self.model).__name__} is served by convention, which does not tell what patch of the vision tower "
-            "becomes which token: use a reducer that needs no encoder attention."
+            f"{type(self.model).__name__} is served by convention, which does not tell what patches of the vision "
+            "tower can be left out together: use a reducer that acts before the language model."
         )
 
     def item_lengths(self, features: list[Tensor], call: dict[str, Any]) -> list[int]:
@@ -299,11 +358,13 @@ class GenericAdapter(Adapter):
         return replace(record, lengths=runs, layouts=[single_view(*squarest_grid(length)) for length in runs])
 
     def layouts(self, modality: str, call: dict[str, Any], lengths: list[int]) -> list[ItemLayout]:
-        """Grids as the call names them (time, height, width), else the most square ones."""
-        grids = _grids(call)
-        if grids is None or len(grids) != len(lengths):
-            return [single_view(*squarest_grid(max(length, 1))) for length in lengths]
-        return [_layout(*grid, length) for grid, length in zip(grids.tolist(), lengths, strict=True)]
+        """Grids as the call names them (time, height, width, or pixels), else the most square ones."""
+        grids, sizes = _grids(call), call.get("image_sizes")
+        if grids is not None and len(grids) == len(lengths):
+            return [_layout(*grid, length) for grid, length in zip(grids.tolist(), lengths, strict=True)]
+        if isinstance(sizes, Tensor) and sizes.shape == (len(lengths), 2):
+            return [_of_size(*size, length) for size, length in zip(sizes.tolist(), lengths, strict=True)]
+        return [single_view(*squarest_grid(max(length, 1))) for length in lengths]
 
 
 # ------------------------------------------------------------------------------------------------------ finding things
@@ -485,13 +546,37 @@ def _layout(time: int, height: int, width: int, length: int) -> ItemLayout:
     rows, columns = height // max(merge, 1), width // max(merge, 1)
     if time * rows * columns == length:
         return equal_views(time, rows, columns)
+    if rows * (columns + 1) + 2 == length:
+        return _framed(rows, columns)
     return single_view(*squarest_grid(max(length, 1)))
+
+
+@functools.lru_cache(maxsize=64)
+def _of_size(height: int, width: int, length: int) -> ItemLayout:
+    """One grid of square tokens that fills a picture of so many pixels, if there is one of that length."""
+    cell = (height * width / length) ** 0.5 if length else 1
+    rows, columns = round(height / cell), round(width / cell)
+    if rows * columns != length or rows * width != columns * height:
+        return single_view(*squarest_grid(max(length, 1)))
+    return replace(single_view(rows, columns), size=(height, width))
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # a cached tensor may be an index in a pass that keeps gradients
+def _framed(rows: int, columns: int) -> ItemLayout:
+    """One grid with a separator before it, one after each of its rows, and one behind it."""
+    patch = torch.zeros(rows, columns + 1, dtype=torch.bool, device="cpu")
+    patch[:, :-1] = True
+    there = nn.functional.pad(patch.flatten(), (1, 1))
+    index = (there.cumsum(0) - 1).clamp(min=0)
+    row, column = (torch.where(there, place, 0) for place in (index // columns, index % columns))
+    return ItemLayout(torch.where(there, 0, NEWLINE), row, column, ((rows, columns),))
 
 
 def _fill(record: VisionRecord, counts: list[int], runs: list[int]) -> bool:
     """Whether the entries fill the rows of the batch, each within one run or, with a view for each, several."""
-    ends = set(torch.tensor([0, *runs]).cumsum(0).tolist())
-    rows = set(torch.tensor([0, *counts]).cumsum(0).tolist())
+    ends = set(itertools.accumulate(runs, initial=0))
+    rows = set(itertools.accumulate(counts, initial=0))
     places, first = set(), 0
     for length, layout in zip(record.lengths, record.layouts, strict=True):
         last = first + length

@@ -123,13 +123,6 @@ def test_the_table_has_a_row_for_every_type():
     assert sorted(REFUSED) == zoo.unserved()
 
 
-@pytest.mark.parametrize("name", ["visionzip", "prumerge"])
-def test_encoder_statistics_are_refused(name):
-    case = zoo.make("deepseek_vl", (1,))
-    with vtoken.reduce(case.model, name, keep=0.5), pytest.raises(ValueError, match="what patch of the vision tower"):
-        case.model(**case.inputs)
-
-
 @pytest.mark.parametrize("family", zoo.PICTURED)
 def test_encoder_attention_behind_a_q_former_is_refused(family, refused):
     """In ``generate`` too, which encodes past what watches the tower."""

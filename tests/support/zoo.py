@@ -292,7 +292,7 @@ def hunyuan_vl(name):
     return of(name, mrope([2, 2, 2, 2]), vision, im_start_id=186, im_end_id=187, im_newline_id=185), patches(48)
 
 
-@kind("lighton_ocr")
+@kind("lighton_ocr", "mistral3")
 def lighton_ocr(name):
     def picture(number, generator):
         return {name: rows[number % 3 :] for name, rows in tiny.pixtral_pixels(number % 3 + 1, generator).items()}

@@ -241,6 +241,7 @@ class VisionReader:
                 module: nn.Module, q: Tensor, k: Tensor, mask: Any, kwargs: Any, note: Any = note, keep: Any = keep
             ) -> None:
                 scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
+                k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # heads that share their keys
                 if note is not None:
                     note(q, k, scale)
                 if keep is not None:
@@ -273,10 +274,14 @@ class VisionReader:
     def _record(self, seen: Observed, modality: str, call: dict) -> VisionRecord:
         lengths = self.adapter.item_lengths(feature_list(seen.output), call)
         layouts = self.adapter.layouts(modality, call, lengths)
-        with torch.no_grad():
-            skip = self.adapter.skipped_tokens(call)
-            maps, dropped = seen.packed(lambda parts: self.adapter.pack(parts, modality, call), skip)
-            before = self.adapter.pack_projector_input(seen.inputs, modality, call) if seen.inputs else None
+        self.thread = threading.get_ident()  # to pack may mean to encode once more
+        try:
+            with torch.no_grad():
+                skip = self.adapter.skipped_tokens(call)
+                maps, dropped = seen.packed(lambda parts: self.adapter.pack(parts, modality, call), skip)
+                before = self.adapter.pack_projector_input(seen.inputs, modality, call) if seen.inputs else None
+        finally:
+            self.thread = None
         for found in (*maps.values(), before, dropped):
             if found is not None and len(found) != sum(lengths):
                 raise RuntimeError(
