@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from vtoken.adapters.base import IMAGE, MODALITIES, VIDEO, Adapter, equal_views, single_view, squarest_grid
-from vtoken.adapters.marking import Marker
+from vtoken.adapters.base import IMAGE, MODALITIES, VIDEO, equal_views, single_view, squarest_grid
+from vtoken.adapters.marking import MarkedAdapter
 from vtoken.adapters.qwen3_vl import cut_rows, follow_deepstack
 from vtoken.context import NEWLINE, ItemLayout
 from vtoken.ops.ragged import gather, run_lengths
@@ -48,7 +48,7 @@ RECURRENT = ("linear", "delta", "mamba", "conv", "recurrent")
 """What a module that is no attention may have in the name of its class."""
 
 
-class GenericAdapter(Adapter):
+class GenericAdapter(MarkedAdapter):
     """Any vision-language model of transformers that merges its pictures before a causal decoder.
 
     Parameters
@@ -129,7 +129,6 @@ class GenericAdapter(Adapter):
         if self.placeholders[IMAGE] == self.placeholders[VIDEO]:
             self.placeholders[VIDEO] = None  # clips stand behind the placeholders of pictures
         self.pixel_keys = pixel_arguments(self.outer)
-        self._marker = Marker(self)
         for question, check in CHECKS.items():
             if question not in self.answers:
                 check(type(model).__name__, model, self.language_model)
@@ -241,38 +240,6 @@ class GenericAdapter(Adapter):
         return max((part for part in others if not inside & {*part.modules()}), key=_size)
 
     @property
-    def projector(self) -> nn.Module:
-        """The module that turns encoder features into embeddings.
-
-        Raises
-        ------
-        ValueError
-            If it has no usual name.
-        """
-        try:
-            return super().projector
-        except StopIteration:
-            raise ValueError(
-                f"The projector of {type(self.model).__name__} has no usual name, so that it cannot be told what it is "
-                "given for a token: use a reducer that does not look at the projector's input (some take "
-                "visual='projected')."
-            ) from None
-
-    def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
-        """The row of each token, by what marks on rows change, where the projector is given one for each."""
-        rows = torch.cat([part.flatten(0, -2) for part in parts])
-        found = self._marker.map_of(modality, call, len(rows), self.projector)
-        if found.members.shape[1] > 1:
-            return super().pack_projector_input(parts, modality, call)
-        return found.mean(rows)
-
-    def resampled(self, modality: str, call: dict[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
-        raise ValueError(
-            f"{type(self.model).__name__} is served by convention, which does not tell how its pictures are made "
-            "smaller: use the processor's own settings for that, or the reducer 'pooled'."
-        )
-
-    @property
     def tower_blocks(self) -> nn.ModuleList:
         """The longest list of modules that attend.
 
@@ -306,26 +273,6 @@ class GenericAdapter(Adapter):
         if isinstance(layer, int) and layer >= 0:
             self.vision_attention(layer)  # or say that it has none
         return super().read_block(layer)
-
-    def skipped_tokens(self, call: dict[str, Any]) -> int:
-        return 0  # they are rows that become no token, as they show when they are marked
-
-    def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
-        """Bring per-patch maps to token order, by what marks on patches change.
-
-        Raises
-        ------
-        ValueError
-            If visual tokens are not made of patches of their own.
-        """
-        rows = torch.cat([part.flatten(0, 1) for part in parts])
-        return self._marker.map_of(modality, call, len(rows)).mean(rows)
-
-    def tower_groups(self, patches: int, modality: str) -> Tensor:
-        raise ValueError(
-            f"{type(self.model).__name__} is served by convention, which does not tell what patches of the vision "
-            "tower can be left out together: use a reducer that acts before the language model."
-        )
 
     def item_lengths(self, features: list[Tensor], call: dict[str, Any]) -> list[int]:
         """Tokens of each entry; where all pictures are one tensor, as the grids in the call divide it."""

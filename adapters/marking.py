@@ -20,15 +20,13 @@ import itertools
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtoken.adapters.base import Adapter
 from vtoken.engine.tower import feature_list
-
-if TYPE_CHECKING:
-    from vtoken.adapters.base import Adapter
 
 UNUSED = -1
 WAY_OUT = "use a reducer that needs no encoder attention."
@@ -117,7 +115,7 @@ class Marker:
     def _measure(self, modality: str, given: dict[str, Any], rows: int, behind: nn.Module | None) -> PatchMap:
         with torch.inference_mode(mode=False):
             given = {name: _ordinary(value) for name, value in given.items()}
-            marked = _Marked([] if behind else list(self.adapter.tower_blocks), behind)
+            marked = _Marked([] if behind is not None else list(self.adapter.tower_blocks), behind)
             if behind is None:
                 with marked.open(), torch.no_grad():
                     self._encode(modality, given)
@@ -173,6 +171,67 @@ class Marker:
                 f"convolution that overlaps), so that no visual token is made of patches of its own: {WAY_OUT}"
             )
         return token
+
+
+class MarkedAdapter(Adapter):
+    """An adapter of a model of which nobody said what patch becomes which token."""
+
+    @functools.cached_property
+    def marker(self) -> Marker:
+        """What measures it."""
+        return Marker(self)
+
+    def skipped_tokens(self, call: dict[str, Any]) -> int:
+        return 0  # they are rows that become no token, as they show when they are marked
+
+    def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        """Bring per-patch maps to token order, by what marks on patches change.
+
+        Raises
+        ------
+        ValueError
+            If visual tokens are not made of patches of their own.
+        """
+        rows = torch.cat([part.flatten(0, 1) for part in parts])
+        return self.marker.map_of(modality, call, len(rows)).mean(rows)
+
+    def tower_groups(self, patches: int, modality: str) -> Tensor:
+        raise ValueError(
+            f"{type(self.model).__name__} is served by convention, which does not tell what patches of the vision "
+            "tower can be left out together: use a reducer that acts before the language model."
+        )
+
+    @property
+    def projector(self) -> nn.Module:
+        """The module that turns encoder features into embeddings.
+
+        Raises
+        ------
+        ValueError
+            If it has no usual name.
+        """
+        try:
+            return super().projector
+        except TypeError:
+            raise ValueError(
+                f"The projector of {type(self.model).__name__} has no usual name, so that it cannot be told what it is "
+                "given for a token: use a reducer that does not look at the projector's input (some take "
+                "visual='projected')."
+            ) from None
+
+    def pack_projector_input(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
+        """The row of each token, by what marks on rows change, where the projector is given one for each."""
+        rows = torch.cat([part.flatten(0, -2) for part in parts])
+        found = self.marker.map_of(modality, call, len(rows), self.projector)
+        if found.members.shape[1] > 1:
+            return super().pack_projector_input(parts, modality, call)
+        return found.mean(rows)
+
+    def resampled(self, modality: str, call: dict[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
+        raise ValueError(
+            f"{type(self.model).__name__} is served by convention, which does not tell how its pictures are made "
+            "smaller: use the processor's own settings for that, or the reducer 'pooled'."
+        )
 
 
 class _Marked:

@@ -300,7 +300,7 @@ def test_a_map_is_that_of_the_grid_of_the_call():
     adapter, _ = given_to("qwen2_5_omni_thinker")
     rows = torch.randn(96, 96, generator=torch.Generator().manual_seed(0))
     wide, high = (
-        adapter._marker.map_of("image", {"pixel_values": rows, "image_grid_thw": torch.tensor([grid])}, 96)
+        adapter.marker.map_of("image", {"pixel_values": rows, "image_grid_thw": torch.tensor([grid])}, 96)
         for grid in ([1, 8, 12], [1, 12, 8])
     )
     assert not torch.equal(wide.token, high.token)
