@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,6 +103,7 @@ class Running:
         session.report(stats)
         if session.reader.cutter is not None:
             stats.from_tower = ctx.valid.sum(1)
+            stats.patches = _sum(record.patches for record in forward.records.values())
         cut = session.first_cut(ctx)
         if cut is None and session.reader.cutter is not None:
             cut = Cut(ctx.valid)  # without the tokens that the vision tower dropped
@@ -216,3 +218,9 @@ class Running:
                 f"Reducer {self.session.reducer.name!r} drops tokens behind the last layer, where nothing gets "
                 f"cheaper any more: return None at layer {self.work.depth}."
             )
+
+
+def _sum(pairs: Iterable[tuple[int, int] | None]) -> tuple[int, int] | None:
+    """Pairs of numbers, added up; None where there are none."""
+    known = [pair for pair in pairs if pair is not None]
+    return (sum(every for every, _ in known), sum(some for _, some in known)) if known else None
