@@ -349,7 +349,9 @@ class Adapter:
         ValueError
             If there is something of which it is not known how.
         """
-        given = (x for value in (*args[1:], *kwargs.values()) for x in (value if isinstance(value, tuple) else (value,)))
+        given = (
+            x for value in (*args[1:], *kwargs.values()) for x in (value if isinstance(value, tuple) else (value,))
+        )
         if any(isinstance(x, Tensor) for x in given):
             raise ValueError(
                 f"The vision tower of {type(self.model).__name__} hands its blocks more than hidden states, such as "

@@ -73,9 +73,7 @@ class QwenVLAdapter(Adapter):
         rows = (pixels.detach().float().unflatten(1, (channels, -1)) * scale).flatten(1)
         sizes, merge = grids.tolist(), self.merge
         parts = rows.split([t * h * w for t, h, w in sizes])
-        return [
-            part.reshape(t, h // merge, w // merge, -1) for part, (t, h, w) in zip(parts, sizes, strict=True)
-        ]
+        return [part.reshape(t, h // merge, w // merge, -1) for part, (t, h, w) in zip(parts, sizes, strict=True)]
 
     def tower_order(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         pixels, grids = self._tower_input(args, kwargs)
