@@ -298,9 +298,9 @@ class Adapter:
             If patches cannot be kept out of this tower.
         """
         raise ValueError(
-            f"The vision tower of {type(self.model).__name__} is not known to compute the patches of all pictures in one "
-            "sequence, from which some can be left out beforehand: use a reducer that drops them inside of the tower, or "
-            "before the language model."
+            f"The vision tower of {type(self.model).__name__} is not known to compute the patches of all pictures in "
+            "one sequence, from which some can be left out beforehand: use a reducer that drops them inside of the "
+            "tower, or before the language model."
         )
 
     def tower_pictures(self, args: tuple, kwargs: dict[str, Any], std: tuple[float, ...] | None) -> list[Tensor]:
@@ -336,8 +336,8 @@ class Adapter:
         """
         if type(self).tower_groups is Adapter.tower_groups or hidden.dim() != 3:
             raise ValueError(
-                f"It is not known which rows of the vision tower of {type(self.model).__name__} belong to which picture, "
-                "so that none can be dropped: use a reducer that acts before the language model."
+                f"It is not known which rows of the vision tower of {type(self.model).__name__} belong to which "
+                "picture, so that none can be dropped: use a reducer that acts before the language model."
             )
         return [hidden.shape[1]] * len(hidden)
 
@@ -361,7 +361,7 @@ class Adapter:
 
     @property
     def tower_exits(self) -> tuple[int, ...]:
-        """Numbers of the blocks of the tower whose output leaves it: the last one, and those that features come from."""
+        """Numbers of the blocks of the tower whose output leaves it: the last one, and those that give features."""
         depth, config = len(self.tower_blocks), self.model.config
         named = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_layers")]
         layers = [x for value in named for x in (value if isinstance(value, (list, tuple)) else [value])]
@@ -379,8 +379,8 @@ class Adapter:
         found = next((getattr(block, name) for name in ("mlp", "ffn", "feed_forward") if hasattr(block, name)), None)
         if found is None:
             raise ValueError(
-                f"{type(block).__name__} has no feed-forward network under a usual name, so that patches cannot skip it: "
-                "use stabilised=0."
+                f"{type(block).__name__} has no feed-forward network under a usual name, so that patches cannot skip "
+                "it: use stabilised=0."
             )
         return found
 

@@ -98,7 +98,7 @@ class Reducer:
         return None
 
     def tower_block(self) -> int | float:
-        """The block of the tower before which `in_tower` or `thin_tower` is called, as `vtoken.EncoderRead` names it."""
+        """The block of the tower before which `in_tower` or `thin_tower` acts, as `vtoken.EncoderRead` names it."""
         raise NotImplementedError
 
     def tower_whole(self) -> int | float:

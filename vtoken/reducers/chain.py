@@ -36,9 +36,9 @@ class Chain(Reducer):
     Raises
     ------
     ValueError
-        If a stage is no reducer, a stage before or inside the vision tower is not the first, a stage before the language model
-        comes after one inside it, a later ``keep`` is no smaller than an earlier one before the language model, or two
-        stages need different attention rows of a layer.
+        If a stage is no reducer, a stage before or inside the vision tower is not the first, a stage before the
+        language model comes after one inside it, a later ``keep`` is no smaller than an earlier one before the
+        language model, or two stages need different attention rows of a layer.
     """
 
     name = "chain"

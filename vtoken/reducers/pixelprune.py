@@ -152,7 +152,7 @@ def _parents(pixels: Tensor, tau: float, metric: str) -> tuple[Tensor, Tensor]:
 
     The first unit of a later picture has that of the one before it for a neighbour, which only a budget may use.
     """
-    own, (steps, rows, columns) = _own(pixels), pixels.shape[:3]
+    own, (_, rows, columns) = _own(pixels), pixels.shape[:3]
     left, above = (torch.full(own.shape, torch.inf, device=pixels.device) for _ in range(2))
     left[:, :, 1:] = _distance(pixels[:, :, 1:], pixels[:, :, :-1], metric)
     above[:, 1:] = _distance(pixels[:, 1:], pixels[:, :-1], metric)
@@ -173,8 +173,8 @@ def _roots(parent: Tensor) -> Tensor:
 
 
 def _against_what_is_left(pixels: Tensor, tau: float, metric: str) -> Tensor:
-    """`predicted` where a dropped unit is worth its prediction: one diagonal at a time, as each needs the one before."""
-    steps, rows, columns, _ = pixels.shape
+    """`predicted` where a dropped unit is worth its prediction: diagonal by diagonal, as each needs the one before."""
+    _, rows, columns, _ = pixels.shape
     flat, own = pixels.flatten(0, 2), _own(pixels)
     source = own.clone()
 
