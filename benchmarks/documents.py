@@ -9,7 +9,7 @@ Answers are those of ``mini-qwen2.5-vl`` on the pages of ``mini_read``: as they 
 ``printed``, their paper one colour. Nothing of the former repeats, so that nothing may change at ``tau=0``.
 
     python benchmarks/documents.py
-    python benchmarks/documents.py --device cuda --shape qwen2.5-vl-7b --side 64
+    python benchmarks/documents.py --device cuda --shape qwen2.5-vl-7b
 """
 
 from __future__ import annotations
@@ -112,9 +112,7 @@ def first_tokens(args: argparse.Namespace) -> dict[str, Any]:
             settings: dict[str, vtoken.Reducer] = {
                 "pixelprune": vtoken.PixelPrune(),
                 "divprune, as many tokens": vtoken.DivPrune(keep=share),
-                "uniform, as many tokens": vtoken.Uniform(keep=share),
-                "ipcv": vtoken.IPCV(),
-                "ipcv, then uniform": vtoken.Chain([vtoken.IPCV(), vtoken.Uniform(keep=share)]),
+                "ipcv, then divprune": vtoken.Chain([vtoken.IPCV(), vtoken.DivPrune(keep=share)]),
             }
             run = partial(model.generate, **inputs, max_new_tokens=1, do_sample=False)
             around = {name: partial(vtoken.reduce, model, reducer) for name, reducer in settings.items()}
@@ -182,9 +180,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="minimal sizes: does it run?")
     parser.add_argument("--device", default="cpu", help="for the times")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shape", default="qwen2.5-vl-small", help="of the model that is timed")
-    parser.add_argument("--side", type=int, default=48, help="tokens of a page along each side")
+    parser.add_argument("--side", type=int, default=64, help="tokens of a page along each side")
     parser.add_argument("--documents", type=int, default=200, help="pages that are asked about")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()

@@ -237,7 +237,9 @@ class VisionReader:
         finally:
             self.thread = None
         maps, partial = self._maps(calls, cut)
-        return Observed(output, maps, partial, inputs, *([], None) if cut is None else (cut.kept, cut.patches))
+        if cut is None:
+            return Observed(output, maps, partial, inputs, [])
+        return Observed(output, maps, partial, inputs, cut.kept, cut.patches)
 
     def _open_taps(
         self, stack: contextlib.ExitStack, calls: dict[int, list[TowerCall]], cut: TowerCut | RowCut | None

@@ -106,18 +106,22 @@ class RowCut:
 
     def _shortened(self, hidden: Tensor) -> Tensor:
         """The computed rows of states of full length, in their shape."""
-        assert self._rows is not None
-        if hidden is self._full:
-            return self._short
-        short = hidden.flatten(0, -2)[self._rows]
+        return self._short if hidden is self._full else self._rows_of(hidden)
+
+    def _rows_of(self, hidden: Tensor) -> Tensor:
+        short = hidden.flatten(0, -2)[self._computed]
         return short if hidden.dim() == 2 else short.view(len(hidden), -1, hidden.shape[-1])
+
+    @property
+    def _computed(self) -> Tensor:
+        assert self._rows is not None, "asked only where rows are left out"
+        return self._rows
 
     def _cut_block(self, args: tuple, kwargs: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
         key = tuple(id(value) for value in kwargs.values())
         if key not in self._memo:
-            assert self._rows is not None
-            kept = torch.zeros(shape[:-1].numel(), dtype=torch.bool, device=self._rows.device)
-            kept[self._rows] = True
+            kept = torch.zeros(shape[:-1].numel(), dtype=torch.bool, device=self._computed.device)
+            kept[self._computed] = True
             self._memo[key] = {**self.adapter.cut_block(args, kwargs, kept), "_given": kwargs}  # so that ids stay taken
         return {name: value for name, value in self._memo[key].items() if name != "_given"}
 
@@ -215,6 +219,7 @@ class ReturnCut(RowCut):
             )
         self._exits = adapter.tower_exits
         self._before = self._start = torch.empty(0, dtype=torch.float32, device="cpu")
+        self._gone = torch.empty(0, dtype=torch.long, device="cpu")
         whole, depth = reducer.tower_whole(), len(adapter.tower_blocks)
         self._whole = self.block + (int(whole * depth) if isinstance(whole, float) else whole)
         """The first block that attends to kept rows alone."""
@@ -261,10 +266,6 @@ class ReturnCut(RowCut):
         self._rows, self._gone, self._start = torch.cat(kept), torch.cat(gone), hidden.flatten(0, -2)
         self._full, self._short = hidden, self._rows_of(hidden)
 
-    def _rows_of(self, hidden: Tensor) -> Tensor:
-        short = hidden.flatten(0, -2)[self._rows]
-        return short if hidden.dim() == 2 else short.view(len(hidden), -1, hidden.shape[-1])
-
     def _feed(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         return None if self._rows is None else ((self._rows_of(args[0]), *args[1:]), kwargs)
 
@@ -272,18 +273,18 @@ class ReturnCut(RowCut):
         if self._rows is None:
             return None
         out = output.new_zeros(len(self._start), output.shape[-1])
-        return out.index_copy(0, self._rows, output.flatten(0, -2)).view(*self._full.shape[:-1], -1)
+        return out.index_copy(0, self._computed, output.flatten(0, -2)).view(*self._full.shape[:-1], -1)
 
     def _restored(self, number: int, found: Tensor) -> Tensor:
         self._short = self._rows_of(found) if number < self._whole else found
-        flat = self._start.index_copy(0, self._rows, self._short.flatten(0, -2))
+        flat = self._start.index_copy(0, self._computed, self._short.flatten(0, -2))
         if number < self._whole - 1 or number in self._exits:
             flat = flat.index_copy(0, self._gone, self._rebuilt())
         return flat.view_as(self._full)
 
     def _rebuilt(self) -> Tensor:
         """(R, C): states of the dropped rows now: what they were, and the mean change of their neighbours."""
-        moved = (self._short.flatten(0, -2) - self._start[self._rows]).split(self._counts)
+        moved = (self._short.flatten(0, -2) - self._start[self._computed]).split(self._counts)
         return self._start[self._gone] + self._spread(moved)
 
     def _spread(self, values: Any) -> Tensor:
