@@ -300,6 +300,107 @@ class Adapter:
             "in one sequence, in which no patches can be dropped: use a reducer that acts before the language model."
         )
 
+    @property
+    def tower_embedding(self) -> nn.Module:
+        """The module of the tower that embeds patches, one row of pixels each."""
+        return self.tower.patch_embed
+
+    @property
+    def tower_mergers(self) -> list[nn.Module]:
+        """Modules of the tower that make one row of the rows of all patches of a token.
+
+        Raises
+        ------
+        ValueError
+            If patches cannot be kept out of this tower.
+        """
+        raise ValueError(
+            f"The vision tower of {type(self.model).__name__} is not known to compute the patches of all pictures in "
+            "one sequence, from which some can be left out beforehand: use a reducer that drops them inside of the "
+            "tower, or before the language model."
+        )
+
+    def tower_pictures(self, args: tuple, kwargs: dict[str, Any], std: tuple[float, ...] | None) -> list[Tensor]:
+        """Pixels that the tower is called with, (T, h, w, D) for each picture: one row for each token.
+
+        Parameters
+        ----------
+        args, kwargs
+            Of the call of the tower.
+        std : tuple of float or None
+            ``image_std`` of the processor; that of the family's released ones if None.
+        """
+        raise NotImplementedError
+
+    def tower_order(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """(T,) long: the token whose patches stand at each place of the tower's sequence, which may be windows."""
+        raise NotImplementedError
+
+    def tower_items(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> list[int]:
+        """Rows of each picture, clip or view in the states that a block is given, in their order.
+
+        Parameters
+        ----------
+        hidden : Tensor
+            (V, n, C) states of V views, or (L, C) of a packed sequence.
+        args, kwargs
+            Of the call of the tower.
+
+        Raises
+        ------
+        ValueError
+            If it is not known how the rows belong to pictures.
+        """
+        if type(self).tower_groups is Adapter.tower_groups or hidden.dim() != 3:
+            raise ValueError(
+                f"It is not known which rows of the vision tower of {type(self.model).__name__} belong to which "
+                "picture, so that none can be dropped: use a reducer that acts before the language model."
+            )
+        return [hidden.shape[1]] * len(hidden)
+
+    def cut_block(self, args: tuple, kwargs: dict[str, Any], kept: Tensor) -> dict[str, Any]:
+        """Shorten what a block of the tower is given by name beside its states to the rows ``kept`` (L,) bool.
+
+        Raises
+        ------
+        ValueError
+            If there is something of which it is not known how.
+        """
+        given = (
+            x for value in (*args[1:], *kwargs.values()) for x in (value if isinstance(value, tuple) else (value,))
+        )
+        if any(isinstance(x, Tensor) for x in given):
+            raise ValueError(
+                f"The vision tower of {type(self.model).__name__} hands its blocks more than hidden states, such as "
+                "masks or rotary tables, which cannot be cut along: use a reducer that acts before the language model."
+            )
+        return kwargs
+
+    @property
+    def tower_exits(self) -> tuple[int, ...]:
+        """Numbers of the blocks of the tower whose output leaves it: the last one, and those that give features."""
+        depth, config = len(self.tower_blocks), self.model.config
+        named = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_layers")]
+        layers = [x for value in named for x in (value if isinstance(value, (list, tuple)) else [value])]
+        outputs = {(layer if layer >= 0 else depth + 1 + layer) - 1 for layer in layers if isinstance(layer, int)}
+        return tuple(sorted(outputs | {depth - 1}))
+
+    def tower_ffn(self, block: nn.Module) -> nn.Module:
+        """The feed-forward network of a block of the tower.
+
+        Raises
+        ------
+        ValueError
+            If it has none under a usual name.
+        """
+        found = next((getattr(block, name) for name in ("mlp", "ffn", "feed_forward") if hasattr(block, name)), None)
+        if found is None:
+            raise ValueError(
+                f"{type(block).__name__} has no feed-forward network under a usual name, so that patches cannot skip "
+                "it: use stabilised=0."
+            )
+        return found
+
     def pack(self, parts: list[Tensor], modality: str, call: dict[str, Any]) -> Tensor:
         """Bring per-patch maps to token order.
 

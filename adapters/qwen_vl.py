@@ -12,6 +12,11 @@ from vtoken.adapters.base import Adapter, equal_views, resize
 from vtoken.compat import vision_window_index
 from vtoken.context import ItemLayout
 
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""``image_std`` of the processors of Qwen2-VL and Qwen2.5-VL."""
+HALF_STD = (0.5, 0.5, 0.5)
+"""That of the later ones."""
+
 
 class _TokenMerger(nn.Module):
     """The merger on rows that hold the patches of one token side by side."""
@@ -38,6 +43,54 @@ class QwenVLAdapter(Adapter):
     def token_projector(self) -> nn.Module:
         first = next(module for module in self.projector.modules() if isinstance(module, nn.Linear))
         return _TokenMerger(self.projector, first.in_features // self.merge**2)
+
+    # ------------------------------------------------------------------ rows of the packed tower
+    @property
+    def tower_mergers(self) -> list[nn.Module]:
+        return [self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ())]
+
+    @property
+    def tower_exits(self) -> tuple[int, ...]:
+        return tuple(sorted({*getattr(self.tower, "deepstack_visual_indexes", ()), len(self.tower_blocks) - 1}))
+
+    @staticmethod
+    def _tower_input(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Pixels (L, D) and grids (I, 3) of a call of the tower."""
+        given = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
+        return given["hidden_states"], given["grid_thw"]
+
+    def tower_pictures(self, args: tuple, kwargs: dict[str, Any], std: tuple[float, ...] | None) -> list[Tensor]:
+        pixels, grids = self._tower_input(args, kwargs)
+        vision = self.model.config.vision_config
+        channels = pixels.shape[1] // (vision.temporal_patch_size * vision.patch_size**2)
+        if std is None:
+            std = CLIP_STD if self.model.config.model_type.startswith("qwen2") else HALF_STD
+        if len(std) != channels:
+            raise ValueError(
+                f"std={std} has {len(std)} numbers for pictures of {channels} channels: give one for each channel."
+            )
+        scale = torch.tensor(std, dtype=torch.float32, device=pixels.device)[:, None]
+        rows = (pixels.detach().float().unflatten(1, (channels, -1)) * scale).flatten(1)
+        sizes, merge = grids.tolist(), self.merge
+        parts = rows.split([t * h * w for t, h, w in sizes])
+        return [part.reshape(t, h // merge, w // merge, -1) for part, (t, h, w) in zip(parts, sizes, strict=True)]
+
+    def tower_order(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        pixels, grids = self._tower_input(args, kwargs)
+        if not hasattr(self.tower, "window_size"):
+            return torch.arange(len(pixels) // self.merge**2, device=pixels.device)
+        return vision_window_index(self.tower, grids).to(pixels.device)
+
+    def tower_items(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> list[int]:
+        return self._tower_input(args, kwargs)[1].prod(1).tolist()
+
+    def cut_block(self, args: tuple, kwargs: dict[str, Any], kept: Tensor) -> dict[str, Any]:
+        """Rotary tables, and the bounds of pictures, frames or windows; a window that lost all its rows is gone."""
+        bounds = kwargs["cu_seqlens"]
+        before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))  # rows that stay before each one
+        short = before[bounds.to(kept.device).long()].unique_consecutive()
+        tables = tuple(table[kept] for table in kwargs["position_embeddings"])
+        return {**kwargs, "cu_seqlens": short.to(bounds), "position_embeddings": tables}
 
     def pixels(self, layout: ItemLayout) -> tuple[int, int] | None:
         cell = self.model.config.vision_config.patch_size * self.merge

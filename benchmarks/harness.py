@@ -46,6 +46,16 @@ def race(runs: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu"
     return summary(round_times(runs, rounds, device))
 
 
+def race_around(
+    runs: Mapping[str, Callable[[], Any]],
+    around: Mapping[str, Callable[[], AbstractContextManager]],
+    rounds: int,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """`race` in which some functions run in a context; entering and leaving it is not timed."""
+    return summary(round_times(runs, rounds, device, around=around))
+
+
 def round_times(
     runs: Mapping[str, Callable[[], Any]],
     rounds: int,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for type checkers what `_HOMES` is for Python
     from vtoken.budget import budget as budget
     from vtoken.context import Cut as Cut
     from vtoken.context import ItemLayout as ItemLayout
+    from vtoken.context import Thinned as Thinned
     from vtoken.context import TowerContext as TowerContext
     from vtoken.context import VisualContext as VisualContext
     from vtoken.drawing import draw as draw
@@ -46,6 +47,7 @@ _HOMES = {
     "ItemLayout": "context",
     "LightLayer": "light",
     "Stats": "stats",
+    "Thinned": "context",
     "TokenMap": "tokenmap",
     "TowerContext": "context",
     "VisualContext": "context",

@@ -118,6 +118,23 @@ class TowerContext:
     statistics: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Thinned:
+    """The answer of a reducer that has patches dropped inside of the vision tower and rebuilt behind it.
+
+    Parameters
+    ----------
+    keep : Tensor
+        (K,) long, ascending: patches of a picture or view that later blocks compute.
+    neighbours : Tensor
+        (R, k) long: for each other patch, in order, the places in ``keep`` of those that stand for it: it is worth its
+        state at the cut and the mean of their changes since.
+    """
+
+    keep: Tensor
+    neighbours: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class ItemTable:
     """What does not change about the I items of a batch while their tokens are dropped.

@@ -49,6 +49,8 @@ class Stats:
     """Decoder layers in which visual tokens compute less, and what they still compute there."""
     from_tower: Tensor | None = None
     """(I,) long: tokens of each image that the vision tower left; None if nothing was dropped inside of it."""
+    patches: tuple[int, int] | None = None
+    """Patches of all pictures, and those that the later blocks of the vision tower computed; None if all were."""
     _groups: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def add_group(self, layer: int, left: Tensor, cut: Cut | None) -> None:
@@ -100,6 +102,8 @@ class Stats:
         steps = ", ".join(f"layer {layer}: {sum(kept)}" for layer, kept in self.layers)
         if self.from_tower is not None:
             steps = f"{int(self.from_tower.sum())} from the tower, {steps}"
+        if self.patches is not None:
+            steps = f"{self.patches[1]} of {self.patches[0]} patches, {steps}"
         if self.light:
             steps += f"; light layers: {', '.join(map(str, sorted(self.light)))}"
         return f"{self.tokens_in} visual tokens -> {steps} ({self.selection_seconds * 1e3:.1f} ms to select)"

@@ -196,6 +196,8 @@ def test_padding_is_left_out_of_the_statistics(attn):
 REFUSED = {
     "globalcom2": (r"no \[CLS\] token", lambda tower, strategy: tower not in tiny.LEADING),
     "tower-prune": ("cannot be cut along", lambda tower, strategy: tower in ("dinov3", "pixtral", "siglip2")),
+    "ipcv": ("cannot be cut along", lambda tower, strategy: tower in ("dinov3", "pixtral", "siglip2")),
+    "pixelprune": ("is not known to compute", lambda tower, strategy: True),
     "downsample": (
         "lists of patches|leaves out the first|one size of pictures",
         lambda tower, strategy: tower in ("siglip2", "aimv2") or spare(tower, strategy) != 0,

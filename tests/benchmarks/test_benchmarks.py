@@ -10,9 +10,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+
+import vtoken
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 NAIVE = FOLDER.parent / "tests" / "ops" / "naive.py"
@@ -133,6 +136,31 @@ def test_tables_of_the_towers(script, tiny_shapes, tmp_path, monkeypatch):
     assert f"| {chained} |" in text
     assert "≥ 2.2x: " in text
     assert "| 50.0 |" in text
+
+
+def test_flat_pages_and_their_answers(script, tmp_path, monkeypatch):
+    out = tmp_path / "documents.json"
+    module = script("documents", "--quick", "--rounds", "1", "--documents", "2", "--out", str(out))
+    config = module.shape_config("qwen2.5-vl-small")
+    config.text_config.num_hidden_layers = 2
+    monkeypatch.setattr(module, "shape_config", lambda name: config)
+    monkeypatch.setattr(module, "ANSWERING", {"pixelprune": vtoken.PixelPrune()})
+    module.main()
+    found = json.loads(out.read_text())["results"]
+    for kind, page in found["first_token"]["pages"].items():
+        assert page["flat"] == 0.75
+        kept = {name: one["kept"] for name, one in page["settings"].items() if "kept" in one}
+        text = module.cells(kind, 12, np.random.default_rng(0))
+        # white and random cells: a cell stays if it has text or stands behind or below some, as the method says
+        beside, below = (np.roll(text, 1, axis) for axis in (1, 0))
+        beside[:, 0] = below[0] = False
+        assert text.mean() < kept["pixelprune"]["tokens"] <= (text | beside | below).mean() + 1 / text.size
+        assert kept["divprune, as many tokens"]["tokens"] == kept["pixelprune"]["patches"]
+        assert kept["ipcv, then divprune"]["tokens"] == kept["pixelprune"]["tokens"]
+        assert kept["ipcv, then divprune"]["patches"] == pytest.approx(0.35, abs=0.01)
+    noisy, printed = (found["answers"]["pages"][name]["pixelprune"] for name in ("mini_read", "printed"))
+    assert (noisy["tokens"], noisy["same_answer"]) == (1.0, 1.0), "nothing repeats in noise"
+    assert printed["tokens"] < 0.8
 
 
 def test_memory_is_that_of_the_columns_each_layer_stores(script, tiny_shapes, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def features(model, inputs, modality, where, **options):
 def check_features(model, inputs, modality, where, name):
     with torch.no_grad():
         wanted = features(model, inputs, modality, where)
-        if name == "tower-prune":  # the tower computes less: then both ways of asking must agree
+        if name in ("tower-prune", "ipcv"):  # the tower computes less: then both ways of asking must agree
             with reduced(model, name, 0.25):
                 wanted = features(model, inputs, modality, where)
                 found = features(model, inputs, modality, where, return_dict=False)

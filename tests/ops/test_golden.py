@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vtoken import ops
+from vtoken.adapters.qwen_vl import QwenVLAdapter
 from vtoken.context import Attention, ItemLayout
 from vtoken.encoder import STATISTICS
 from vtoken.reducers.aim import importance
@@ -26,8 +27,10 @@ from vtoken.reducers.fopru import by_row, significance
 from vtoken.reducers.globalcom2 import crop_ratios, crop_scores
 from vtoken.reducers.hiprune import anchors_first, raster_neighbours
 from vtoken.reducers.holov import segment_budget, segment_of
+from vtoken.reducers.ipcv import change, changed_most, rebuilt_from
 from vtoken.reducers.mmtok import cover_both
 from vtoken.reducers.otprune import unit_channels
+from vtoken.reducers.pixelprune import predicted
 from vtoken.reducers.prumerge import every, gather_similar, outliers
 from vtoken.reducers.prunesid import choose
 from vtoken.reducers.rows import mean_over_rows, text_to_visual
@@ -164,6 +167,46 @@ def prunesid(p, x, e):
     e.same("survivors", survivors)
     e.same("budget", budget)
     e.order("order", order)
+
+
+@check
+def pixelprune(p, x, e):
+    pixels = x["pixels"].view(1, *p["grid"], -1)
+    tau, metric = (0.0, "max") if p["metric"] == "exact" else (p["tau"], p["metric"])
+    source = predicted(pixels, tau, metric, p["anchored"])
+    kept = source == torch.arange(len(source))
+    e.same("mask", kept.view(*p["grid"]))
+    e.same("keep", kept.nonzero()[:, 0])
+    if "max_error" in e.arrays:
+        e.close("max_error", (x["pixels"][source] - x["pixels"]).abs().max())
+
+
+@check
+def ipcv(p, x, e):
+    states, count = x["cur"], int(len(x["cur"]) * (1 - p["reduction"]))
+    e.close("score", change(states, x["prev"]))
+    keep = changed_most(states, x["prev"], count)
+    e.same("keep", keep)
+    gone = torch.ones(len(states), dtype=torch.bool)
+    gone[keep] = False
+    e.same("removed", gone.nonzero()[:, 0])
+    neighbours = rebuilt_from(states, keep, p["neighbours"])
+    e.same("neighbours", keep[neighbours].sort(1).values)
+    moved = x["final"][keep] - states[keep]
+    e.close("rebuilt", states[gone] + ops.neighbours.neighbour_mean(moved, neighbours))
+    size = p["grid"][0] * p["grid"][1]
+    e.same("cu_seqlens_true", bounds_of_kept(torch.arange(p["frames"] + 1) * size, ~gone))
+    # the reference counts the first patch of a later frame, where it is kept, with the frame before
+    late = [int(bound in keep) for bound in range(size, p["frames"] * size, size)]
+    wrong = bounds_of_kept(torch.arange(p["frames"] + 1) * size, ~gone) + torch.tensor([0, *late, 0])
+    e.same("cu_seqlens", wrong)
+
+
+def bounds_of_kept(bounds: Tensor, kept: Tensor) -> Tensor:
+    """What the adapter of packed towers makes of the bounds of frames."""
+    tables = (kept[:, None],)
+    given = {"cu_seqlens": bounds, "position_embeddings": tables}
+    return QwenVLAdapter.cut_block(None, (), given, kept)["cu_seqlens"]
 
 
 @check

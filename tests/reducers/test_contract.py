@@ -16,7 +16,12 @@ from vtoken.registry import reducer_class
 
 from .contexts import DEPTH, RAGGED, Row, Tower, make_context, run
 
-IN_THE_TOWER = {"tower-prune", "downsample"}  # need a vision tower, which a context is not: tests/engine has them
+IN_THE_TOWER = {
+    "tower-prune",
+    "pixelprune",
+    "ipcv",
+    "downsample",
+}  # need a vision tower, which a context is not: tests/engine has them
 NAMES = [name for name in vtoken.list_reducers() if name not in IN_THE_TOWER]
 every_reducer = pytest.mark.parametrize("name", NAMES)
 BUDGETED = [name for name in NAMES if issubclass(reducer_class(name), KeepReducer)]

@@ -11,6 +11,7 @@ _VIEWS = {"llava_next", "llava_onevision", "internvl", "gemma3", "qwen3_vl", "qw
 REFUSED = {
     "downsample": _VIEWS,  # pictures that cannot be encoded smaller
     "globalcom2": {"llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3"},  # towers without [CLS]
+    "pixelprune": {"llava", *_VIEWS, "gemma3"} - {"qwen3_vl", "qwen3_vl_moe"},  # towers that are no packed sequence
     "tower-prune": {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"},  # towers in which nothing can be dropped
     "zooprune": {"gemma3"},
     "yopo": {"qwen3_vl_moe"},
@@ -18,7 +19,7 @@ REFUSED = {
 """Reducers that say in a sentence that they cannot serve a family; other tests look at the sentences."""
 REWRITING = {
     *("aim", "apet", "pooled", "prumerge", "sparsevlm", "tokencorr", "tome", "visionzip"),  # merge
-    *("downsample", "tower-prune"),  # encode the picture in another way
+    *("downsample", "ipcv", "tower-prune"),  # encode the picture in another way
     *("ima", "yopo"),  # leave out a part of the layers' work
 }
 """Reducers that do more than drop: what is left is not the stock model with tokens hidden."""

@@ -18,7 +18,15 @@ from vtoken.cli.catalogue import FILE
 from vtoken.reducers.base import Reducer
 from vtoken.registry import list_reducers, reducer_class
 
-STAGES = {"in_tower": "inside tower", "before_llm": "before LLM", "in_llm": "inside LLM", "light": "light layers"}
+STAGES = {
+    "before_tower": "before tower",
+    "in_tower": "inside tower",
+    "before_llm": "before LLM",
+    "in_llm": "inside LLM",
+    "light": "light layers",
+}
+SEEN = {"before_tower": "pixels", "thin_tower": "tower states"}
+"""What stages in the vision tower look at, beside attention."""
 _DEPTH = 32  # of the decoder that reducers are asked about
 
 
@@ -35,6 +43,7 @@ def needs(reducer: Reducer) -> list[str]:
     """What must be recorded while the model runs."""
     reads = (*reducer.tower_reads(), *(read.what for read in reducer.encoder_reads()))
     found = [f"tower attention ({what})" for what in reads]
+    found += [what for hook, what in SEEN.items() if reducer.overrides(hook)]
     if reducer.needs_projector:
         found.append("projector")
     if reducer.resampler is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,6 +114,7 @@ class Running:
         session.report(stats)
         if session.reader.cutter is not None:
             stats.from_tower = ctx.valid.sum(1)
+            stats.patches = _sum(record.patches for record in forward.records.values())
         cut = session.first_cut(ctx)
         if cut is None and session.reader.cutter is not None:
             cut = Cut(ctx.valid)  # without the tokens that the vision tower dropped
@@ -237,3 +238,9 @@ def side_by_side(states: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Callab
         return states.flatten(2), lambda hidden: hidden.unflatten(2, (count, -1))
     count = states.shape[0]
     return states.permute(1, 2, 0, 3).flatten(2), lambda hidden: hidden.unflatten(2, (count, -1)).permute(2, 0, 1, 3)
+
+
+def _sum(pairs: Iterable[tuple[int, int] | None]) -> tuple[int, int] | None:
+    """Pairs of numbers, added up; None where there are none."""
+    known = [pair for pair in pairs if pair is not None]
+    return (sum(every for every, _ in known), sum(some for _, some in known)) if known else None

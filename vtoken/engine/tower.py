@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vtoken.context import ItemLayout
 from vtoken.encoder import EncoderRead, TowerCall, read_calls, separated
 from vtoken.engine.towercut import TowerCut
+from vtoken.engine.towerrows import EntryCut, ReturnCut, RowCut
 
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
@@ -49,6 +50,9 @@ class VisionRecord:
         (rows, columns, D) features of each item at another resolution; None if none was asked for.
     mark : Tensor or None
         Numbers that tell the pixels from others, see `mark_of`; None if nothing encoded them that could be asked.
+    patches : tuple of int or None
+        Patches of the items that were encoded together, and those that the later blocks of the tower computed; None if
+        none were left out.
     """
 
     lengths: list[int]
@@ -58,6 +62,7 @@ class VisionRecord:
     dropped: Tensor | None = None
     resampled: list[Tensor] | None = None
     mark: Tensor | None = None
+    patches: tuple[int, int] | None = None
 
     def pick(self, items: list[int]) -> VisionRecord:
         """The record of such items, in their order, each as often as it is named."""
@@ -72,7 +77,7 @@ class VisionRecord:
         resampled = None if self.resampled is None else [self.resampled[i] for i in items]
         lengths, layouts = [self.lengths[i] for i in items], [self.layouts[i] for i in items]
         before, dropped = take(self.projector_input), take(self.dropped)
-        return VisionRecord(lengths, layouts, maps, before, dropped, resampled, self.mark)
+        return VisionRecord(lengths, layouts, maps, before, dropped, resampled, self.mark, self.patches)
 
 
 @dataclass
@@ -91,7 +96,9 @@ class Observed:
     inputs : list of Tensor
         What the projector was given, per call.
     kept : list of Tensor
-        (views, tokens) bool, per call of the tower; empty if nothing was dropped inside of it.
+        (views, tokens) bool, per call of the tower; empty if no token was dropped before or inside of it.
+    patches : tuple of int or None
+        See `VisionRecord`.
     """
 
     output: Any
@@ -99,6 +106,7 @@ class Observed:
     partial: set[EncoderRead]
     inputs: list[Tensor]
     kept: list[Tensor]
+    patches: tuple[int, int] | None = None
 
     def packed(
         self, pack: Callable[[list[Tensor]], Tensor], skip: int
@@ -216,24 +224,32 @@ class VisionReader:
         inputs: list[Tensor] = []
         self.thread = threading.get_ident()
         try:
-            cut = None if self.cutter is None else TowerCut(self.adapter, self.cutter, modality)
+            cut = tower_cut(self.adapter, self.cutter, modality)
             with contextlib.ExitStack() as stack:
                 if cut is not None:
                     cut.open(stack)
                 self._open_taps(stack, calls, cut)
                 if self.projector:
-                    hook = self.adapter.projector.register_forward_pre_hook(lambda m, a: inputs.append(a[0].detach()))
+                    # prepend: before rows are left out
+                    hook = self.adapter.projector.register_forward_pre_hook(
+                        lambda m, a: inputs.append(a[0].detach()), prepend=True
+                    )
                     stack.callback(hook.remove)
                 output = run()
         finally:
             self.thread = None
         maps, partial = self._maps(calls, cut)
-        return Observed(output, maps, partial, inputs, [] if cut is None else cut.kept)
+        if cut is None:
+            return Observed(output, maps, partial, inputs, [])
+        return Observed(output, maps, partial, inputs, cut.kept, cut.patches)
 
-    def _open_taps(self, stack: contextlib.ExitStack, calls: dict[int, list[TowerCall]], cut: TowerCut | None) -> None:
+    def _open_taps(
+        self, stack: contextlib.ExitStack, calls: dict[int, list[TowerCall]], cut: TowerCut | RowCut | None
+    ) -> None:
         wanted = {self.adapter.read_block(read.layer) for read in self.reads}
-        for layer in sorted(wanted if cut is None else wanted | {cut.block - 1}):
-            note = cut.note if cut is not None and layer == cut.block - 1 else None
+        chooses = {cut.block - 1} if isinstance(cut, TowerCut) else set()
+        for layer in sorted(wanted | chooses):
+            note = cut.note if isinstance(cut, TowerCut) and layer in chooses else None
             keep = calls.setdefault(layer, []) if layer in wanted else None
 
             @torch.no_grad()
@@ -252,7 +268,7 @@ class VisionReader:
 
     @torch.no_grad()
     def _maps(
-        self, calls: dict[int, list[TowerCall]], cut: TowerCut | None
+        self, calls: dict[int, list[TowerCall]], cut: TowerCut | RowCut | None
     ) -> tuple[dict[EncoderRead, list[Tensor]], set[EncoderRead]]:
         """The statistics, (views, tokens, ...) per call of their layer, and which of them know kept patches only."""
         if not all(calls.values()):
@@ -266,7 +282,7 @@ class VisionReader:
             layer = self.adapter.read_block(read.layer)
             found = read_calls(read.resolve(first > 0).what, calls[layer], first)
             if cut is not None and layer >= cut.block:
-                found = [cut.widen(values, number) for number, values in enumerate(found)]
+                found = cut.widen(found)
                 partial.add(read)
             maps[read] = found
         return maps, partial
@@ -288,7 +304,7 @@ class VisionReader:
                     f"The {type(self.adapter).__name__} adapter mapped the encoder to {len(found)} values "
                     f"for {sum(lengths)} visual tokens: its packing does not fit this model; please report it."
                 )
-        return VisionRecord(lengths, layouts, maps, before, dropped, mark=mark_of(call))
+        return VisionRecord(lengths, layouts, maps, before, dropped, mark=mark_of(call), patches=seen.patches)
 
 
 @torch.no_grad()
@@ -299,6 +315,17 @@ def mark_of(call: Mapping[str, Any]) -> Tensor:
         part for one in pixels for part in (one.sum(dtype=torch.float32)[None], one[:: max(1, len(one) // SAMPLES)])
     ]
     return torch.cat([mark.float() for mark in marks]) if marks else torch.empty(0, device="cpu")
+
+
+def tower_cut(adapter: Adapter, reducer: Reducer | None, modality: str) -> TowerCut | RowCut | None:
+    """What leaves patches out of the tower for a reducer; None where none does."""
+    if reducer is None:
+        return None
+    if reducer.overrides("before_tower"):
+        return EntryCut(adapter, reducer)
+    if reducer.overrides("thin_tower"):
+        return ReturnCut(adapter, reducer)
+    return TowerCut(adapter, reducer, modality)
 
 
 def expand_items(lengths: list[int], counts: list[int]) -> list[int]:

@@ -55,6 +55,8 @@ class TowerCut:
         self.reads = {name: EncoderRead(name).resolve(self.first > 0).what for name in reducer.tower_reads()}
         self.kept: list[Tensor] = []
         """Per call of the tower (V, tokens) bool."""
+        self.patches: tuple[int, int] = (0, 0)
+        """Patches of all views, and those that the later blocks compute."""
         self._rows = torch.empty(0, dtype=torch.long, device="cpu")
         """(V, n): rows that the blocks work on, in the present call of the tower."""
         self._found: dict[str, Tensor] = {}
@@ -74,11 +76,12 @@ class TowerCut:
         found = {name: statistic(what, query, key, scale, self.first) for name, what in self.reads.items()}
         self._found = {name: values[:, self.first :] for name, values in found.items()}
 
-    def widen(self, values: Tensor, call: int) -> Tensor:
-        """Statistics (V, n, ...) of the tokens kept in a call of the tower to (V, tokens, ...), zero elsewhere."""
-        kept = self.kept[call]
-        out = values.new_zeros(*kept.shape, *values.shape[2:])
-        out[kept] = values.flatten(0, 1)
+    def widen(self, found: list[Tensor]) -> list[Tensor]:
+        """Statistics (V, n, ...) of the tokens kept in each call of the tower to (V, tokens, ...), zero elsewhere."""
+        out = []
+        for values, kept in zip(found, self.kept, strict=True):
+            out.append(values.new_zeros(*kept.shape, *values.shape[2:]))
+            out[-1][kept] = values.flatten(0, 1)
         return out
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -112,6 +115,9 @@ class TowerCut:
         chosen = members[picked].flatten(1).sort(1).values
         leading = torch.arange(self.first, device=hidden.device).expand(len(hidden), -1)
         rows = torch.cat([leading, chosen + self.first], 1)
+        leading = len(hidden) * self.first
+        before, after = self.patches
+        self.patches = (before + hidden.shape[:2].numel() - leading, after + rows.numel() - leading)
         self.kept.append(torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device).scatter_(1, rows, True))
         return rows
 

@@ -27,8 +27,10 @@ from vtoken.reducers.hiprune import HiPrune
 from vtoken.reducers.holov import HoloV
 from vtoken.reducers.idpruner import IDPruner
 from vtoken.reducers.ima import IMA
+from vtoken.reducers.ipcv import IPCV
 from vtoken.reducers.mmtok import MMTok
 from vtoken.reducers.otprune import OTPrune
+from vtoken.reducers.pixelprune import PixelPrune
 from vtoken.reducers.pooled import Pooled
 from vtoken.reducers.prumerge import PruMerge
 from vtoken.reducers.prunesid import PruneSID
@@ -52,6 +54,7 @@ __all__ = [
     "AIM",
     "DART",
     "IMA",
+    "IPCV",
     "SCOPE",
     "VTW",
     "YOPO",
@@ -75,6 +78,7 @@ __all__ = [
     "MMTok",
     "MergeReducer",
     "OTPrune",
+    "PixelPrune",
     "Pooled",
     "PruMerge",
     "PruneSID",

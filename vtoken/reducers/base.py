@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bases of the reducers: a new method overrides one function of one of them.
 
-A reducer is a frozen dataclass. Its fields are its hyper-parameters; its class attributes say what it is. It drops
-patches inside of the vision tower (`Reducer.in_tower`), changes the sequence before the language model
-(`Reducer.before_llm`) or at decoder layers (`Reducer.at_layer`), makes decoder layers compute less for visual tokens
-(`Reducer.light_layers`), or does several of these.
+A reducer is a frozen dataclass. Its fields are its hyper-parameters; its class attributes say what it is. It keeps
+patches out of the vision tower (`Reducer.before_tower`), drops them inside of it (`Reducer.in_tower`, or
+`Reducer.thin_tower` where they come back), changes the sequence before the language model (`Reducer.before_llm`) or at
+decoder layers (`Reducer.at_layer`), makes decoder layers compute less for visual tokens (`Reducer.light_layers`), or
+does several of these.
 """
 
 from __future__ import annotations
@@ -19,11 +20,20 @@ import torch
 from torch import Tensor
 
 from vtoken.budget import Keep, budget, check_keep, is_identity
-from vtoken.context import Cut, ItemLayout, TowerContext, VisualContext
+from vtoken.context import Cut, ItemLayout, Thinned, TowerContext, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.light import LightLayer
 from vtoken.ops import merge_rows, row_sizes
 from vtoken.ops.topk import best_k
+
+HOOKS = {
+    "before_tower": ("before_tower",),
+    "in_tower": ("in_tower", "thin_tower"),
+    "before_llm": ("before_llm",),
+    "in_llm": ("at_layer",),
+    "light": ("light_layers",),
+}
+"""Methods of a reducer by the stage at which they act."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,36 @@ class Reducer:
         """Choose what stays from block `tower_block` of the vision tower on: (V, K) long, groups of each view."""
         raise NotImplementedError
 
+    def before_tower(self, pixels: Tensor) -> Tensor:
+        """Choose what enters the vision tower, from the pixels of one picture or clip.
+
+        Parameters
+        ----------
+        pixels : Tensor
+            (T, h, w, D): what becomes one token each, at T time steps, in [0, 1] up to a constant for each channel.
+
+        Returns
+        -------
+        Tensor
+            (T * h * w,) long, in raster order: the unit that stands for each one, itself where it enters the tower.
+        """
+        raise NotImplementedError
+
+    @property
+    def pixel_std(self) -> tuple[float, ...] | None:
+        """``image_std`` of the processor, which scales the pixels that `before_tower` sees; None for the family's."""
+        return None
+
+    def thin_tower(self, states: Tensor, before: Tensor) -> Thinned:
+        """Choose what stays from block `tower_block` of the vision tower on, to be rebuilt behind the last one.
+
+        Parameters
+        ----------
+        states, before : Tensor
+            (L, C): the patches of one picture, view or clip before that block, and before the one before it.
+        """
+        raise NotImplementedError
+
     def before_llm(self, ctx: VisualContext) -> Cut | None:
         """Choose the tokens that enter the language model; None leaves all."""
         return None
@@ -58,8 +98,12 @@ class Reducer:
         return None
 
     def tower_block(self) -> int | float:
-        """The block of the vision tower before which `in_tower` is called, as `vtoken.EncoderRead` names blocks."""
+        """The block of the tower before which `in_tower` or `thin_tower` acts, as `vtoken.EncoderRead` names it."""
         raise NotImplementedError
+
+    def tower_whole(self) -> int | float:
+        """Blocks from `tower_block` on in which all patches are attended to, rebuilt; or a share of the depth."""
+        return 0
 
     def tower_reads(self) -> tuple[str, ...]:
         """Statistics, by the names of `vtoken.EncoderRead`, that `in_tower` wants of the block before."""
@@ -67,8 +111,8 @@ class Reducer:
 
     @property
     def cutter(self) -> Reducer | None:
-        """The reducer whose `in_tower` acts, None if nothing is dropped inside of the vision tower."""
-        return self if "in_tower" in self.stages and not self.is_identity else None
+        """The reducer that drops patches before or inside of the vision tower, None if none does."""
+        return self if {"before_tower", "in_tower"} & {*self.stages} and not self.is_identity else None
 
     def picture_grid(self, layout: ItemLayout) -> tuple[int, int]:
         """Rows and columns of tokens at which a picture is encoded once more, smaller, for ``ctx.resampled``."""
@@ -113,9 +157,12 @@ class Reducer:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Where it acts: any of ``"in_tower"``, ``"before_llm"``, ``"in_llm"`` and ``"light"``."""
-        hooks = {"in_tower": "in_tower", "before_llm": "before_llm", "in_llm": "at_layer", "light": "light_layers"}
-        return tuple(stage for stage, hook in hooks.items() if getattr(type(self), hook) is not getattr(Reducer, hook))
+        """Where it acts: any of ``"before_tower"``, ``"in_tower"``, ``"before_llm"``, ``"in_llm"`` and ``"light"``."""
+        return tuple(stage for stage, hooks in HOOKS.items() if any(self.overrides(hook) for hook in hooks))
+
+    def overrides(self, hook: str) -> bool:
+        """Whether the reducer has a method of that name of its own."""
+        return getattr(type(self), hook) is not getattr(Reducer, hook)
 
     def config(self) -> dict[str, Any]:
         """Name and parameters: the mapping from which `vtoken.get_reducer` builds the same reducer."""

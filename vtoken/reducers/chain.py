@@ -13,7 +13,10 @@ import torch
 from vtoken.context import Cut, VisualContext
 from vtoken.encoder import EncoderRead
 from vtoken.light import LightLayer
-from vtoken.reducers.base import KeepReducer, Reducer
+from vtoken.reducers.base import HOOKS, KeepReducer, Reducer
+
+IN_THE_TOWER = {"before_tower", "in_tower"}
+"""Stages that only the first reducer of a chain can have."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Chain(Reducer):
     Stages before the language model come first, each works on the tokens and features the former one left. Stages
     inside it act at their layers, in order where they share one. A stage may do both. Every ``keep`` is a share of the
     *original* tokens of an image, so ``Chain([IDPruner(keep=0.5), FastV(keep=0.25)])`` ends with a quarter of them. A
-    stage inside the vision tower comes first; what it drops is no candidate of later ones.
+    stage before or inside the vision tower comes first; what it drops is no candidate of later ones.
 
     Parameters
     ----------
@@ -33,9 +36,9 @@ class Chain(Reducer):
     Raises
     ------
     ValueError
-        If a stage is no reducer, a stage inside the vision tower is not the first, a stage before the language model
-        comes after one inside it, a later ``keep`` is no smaller than an earlier one before the language model, or two
-        stages need different attention rows of a layer.
+        If a stage is no reducer, a stage before or inside the vision tower is not the first, a stage before the
+        language model comes after one inside it, a later ``keep`` is no smaller than an earlier one before the
+        language model, or two stages need different attention rows of a layer.
     """
 
     name = "chain"
@@ -67,9 +70,10 @@ class Chain(Reducer):
         inside: Reducer | None = None
         last: KeepReducer | None = None
         for number, stage in enumerate(self.reducers):
-            if "in_tower" in stage.stages and number:
+            if IN_THE_TOWER & {*stage.stages} and number:
+                where = "inside" if "in_tower" in stage.stages else "before"
                 raise ValueError(
-                    f"Chain: {stage.name!r} acts inside the vision tower, which only the first stage of a chain can: "
+                    f"Chain: {stage.name!r} acts {where} the vision tower, which only the first stage of a chain can: "
                     f"put it first, and no other such stage."
                 )
             if stage.resampler is not None and number:
@@ -77,7 +81,7 @@ class Chain(Reducer):
                     f"Chain: {stage.name!r} encodes the picture anew, which no stage can have shortened before: put it "
                     "first."
                 )
-            if not {"in_tower", "before_llm"} & {*stage.stages}:
+            if not {*IN_THE_TOWER, "before_llm"} & {*stage.stages}:
                 inside = inside or (stage if "in_llm" in stage.stages else None)
                 continue
             if inside is not None:
@@ -106,7 +110,7 @@ class Chain(Reducer):
     @property
     def stages(self) -> tuple[str, ...]:
         found = {name for stage in self.reducers for name in stage.stages}
-        return tuple(name for name in ("in_tower", "before_llm", "in_llm", "light") if name in found)
+        return tuple(name for name in HOOKS if name in found)
 
     @property
     def is_identity(self) -> bool:
