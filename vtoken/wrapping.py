@@ -6,13 +6,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-from vtoken.adapters import Adapter, adapter_for
+from vtoken.adapters import Adapter, adapter_for, untested
 from vtoken.engine.session import Session
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
@@ -105,7 +106,10 @@ def wrap(
         positions = built.positions
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
-    session = Session(_adapter_of(inside(model)), built, positions, backend)
+    adapter = _adapter_of(inside(model))
+    if (advice := untested(adapter)) is not None:
+        warnings.warn(advice, stacklevel=2)
+    session = Session(adapter, built, positions, backend)
     _attach(inside(model), session)
     return model
 

@@ -343,7 +343,13 @@ BAD = {
     "no model": (dict, inputs, {}, TypeError, "dict is no model"),
     "linear": (lambda: torch.nn.Linear(2, 2), inputs, {}, TypeError, "No adapter knows the model Linear"),
     "meta": (on_meta, inputs, {}, ValueError, "on the meta device"),
-    "no language model": (lambda: without("language_model"), inputs, {}, ValueError, "lacks the modules of its language"),
+    "no language model": (
+        lambda: without("language_model"),
+        inputs,
+        {},
+        ValueError,
+        "lacks the modules of its language",
+    ),
     "no tower": (lambda: without("vision_tower"), inputs, {}, ValueError, "lacks a vision tower"),
     "no projector": (lambda: without("multi_modal_projector"), inputs, {}, ValueError, "cannot run these prompts"),
     "not finite": (not_finite, inputs, {}, ValueError, "not finite"),
@@ -371,7 +377,9 @@ def test_bad_input_is_a_sentence(case):
 def test_a_processor_that_does_not_fit_is_a_sentence():
     model, _ = mini.load("mini-llava")
     _, other = mini.load("mini-internvl")
-    with pytest.raises(ValueError, match="does not fit LlavaForConditionalGeneration: its placeholder .* is token 115"):
+    with pytest.raises(
+        ValueError, match=r"does not fit LlavaForConditionalGeneration: its placeholder .* is token 115"
+    ):
         vtoken.check(model, processor=other)
     tokenizer = AutoTokenizer.from_pretrained(mini.folder("mini-llava"))
     with pytest.raises(ValueError, match="takes no pictures"):
@@ -404,7 +412,9 @@ def test_the_command_examines_an_embedded_model(tmp_path):
     done = run("mini-llava", "-r", "idpruner", "-r", "fastv", "--device", "cpu", "--json", file)
     assert done.exit_code == 0, done.output
     report = Report.model_validate_json(file.read_text())
-    assert done.stdout.splitlines()[-1].startswith("vtoken works on LlavaForConditionalGeneration: 14 of 14 checks passed")
+    assert done.stdout.splitlines()[-1].startswith(
+        "vtoken works on LlavaForConditionalGeneration: 14 of 14 checks passed"
+    )
     assert "drop = mask" in done.stderr, "progress"
     assert report.found.global_blocks == [0, 1, 2, 3, 4, 5]
     assert statuses(report)["token map"] == statuses(report)["tower map"] == "passed"

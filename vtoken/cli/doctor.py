@@ -106,7 +106,9 @@ def _found(report: Report) -> Table:
     """Model, modules and prompts."""
     found, prompt, noise = report.found, report.prompt, report.noise
     assert found is not None, "only shown where something was found"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False, title=escape(report.model), title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_header=False, title=escape(report.model), title_justify="left"
+    )
     table.add_column()
     table.add_column(overflow="fold")
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.layer_kinds.items())
@@ -127,7 +129,7 @@ def _found(report: Report) -> Table:
     if noise is not None:
         rows["noise"] = (
             f"logits up to {noise.scale:.3g}; unwrapped, they differ by {noise.repeated:.2g} when repeated, "
-            f"{noise.order:.2g} in the other order, {noise.padded:.2g} when padded: up to {noise.tolerance:.2g} is no fault"
+            f"{noise.order:.2g} in the other order, {noise.padded:.2g} when padded; {noise.tolerance:.2g} is no fault"
         )
     for name, text in rows.items():
         if text:

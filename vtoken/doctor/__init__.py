@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does vtoken work on *this* model, device, type, attention backend and these versions? `check` finds out by running it.
+"""Does vtoken work on *this* model, device, type, backend and these versions? `check` finds out by running it.
 
 What a check compares with never comes from the part that it checks: the unwrapped model, hidden tokens, a shorter
 prompt, each prompt alone, a painted picture. How far two equal runs may differ is measured on the unwrapped model.

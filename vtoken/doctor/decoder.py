@@ -89,7 +89,9 @@ def shared_keys(model: Any, adapter: Adapter, prompts: Prompts) -> Outcome:
     claimed = {n: source for n, source in sources.items() if source != n}
     for n in layers:
         if n not in owners and n not in claimed:
-            return Outcome("failed", f"Layer {n} leaves no keys in the cache, and the adapter names no other layer for it.")
+            return Outcome(
+                "failed", f"Layer {n} leaves no keys in the cache, and the adapter names no other layer for it."
+            )
     wrong = []
     for source in sorted({*claimed.values()}):
         using = _disturbed(model, adapter, prompts.first, source, states)
@@ -105,8 +107,11 @@ def shared_keys(model: Any, adapter: Adapter, prompts: Prompts) -> Outcome:
 
 def _stores(cache: Any, layer: int) -> bool:
     held = getattr(cache, "layers", None)
-    return held is not None and layer < len(held) and getattr(held[layer], "keys", None) is not None and bool(
-        stored_length(cache, layer)
+    return (
+        held is not None
+        and layer < len(held)
+        and getattr(held[layer], "keys", None) is not None
+        and bool(stored_length(cache, layer))
     )
 
 

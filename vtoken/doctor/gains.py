@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reducer costs and saves on this prompt, measured by `vtoken.profile`, and whether it is long enough to gain."""
+"""What a reducer costs and saves on this prompt, by `vtoken.profile`, and whether it is long enough to gain."""
 
 from __future__ import annotations
 

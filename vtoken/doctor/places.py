@@ -54,7 +54,9 @@ def placeholders(model: Any, adapter: Adapter, prompts: Prompts) -> Outcome:
     unmoved = visual & ~changed & (before == words).all(-1)  # separators do not change, but are no words either
     if spare := int(unmoved.sum()):
         return Outcome("failed", f"{spare} of the tokens that the adapter takes for visual are text.", numbers)
-    return Outcome("passed", f"{int(visual.sum())} visual tokens in two prompts, where the pictures change them.", numbers)
+    return Outcome(
+        "passed", f"{int(visual.sum())} visual tokens in two prompts, where the pictures change them.", numbers
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- picture
@@ -142,7 +144,9 @@ def tower_map(model: Any, adapter: Adapter, prompts: Prompts) -> Outcome:
             wrong |= ((told > 0.3) & ~changed) | (~(told > 0) & changed)
     numbers = {"tokens": float(len(base)), "wrong": float(wrong.sum())}
     if count := int(wrong.sum()):
-        return Outcome("failed", f"{count} of {len(base)} tokens come from other patches than the adapter says.", numbers)
+        return Outcome(
+            "failed", f"{count} of {len(base)} tokens come from other patches than the adapter says.", numbers
+        )
     return Outcome("passed", f"All {len(base)} tokens come from the patches that the adapter says.", numbers)
 
 

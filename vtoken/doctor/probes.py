@@ -39,7 +39,7 @@ class Places(Reducer):
 
 
 def _scattered(ctx: VisualContext, factor: int, modulus: int) -> Cut:
-    """Keep the slots whose multiple falls in the lower half: neighbours, rows and columns are kept and dropped alike."""
+    """Keep the slots whose multiple falls in the lower half, so that neighbours and columns are treated unequally."""
     slots = torch.arange(ctx.longest, device=ctx.valid.device)
     return Cut(ctx.valid & (slots * factor % modulus <= modulus // 2))
 

@@ -63,9 +63,7 @@ class Prompts:
         return replace(self, second=self.first, batch=self.first, batched=False)
 
 
-def prompts_of(
-    model: Any, adapter: Adapter, inputs: Mapping[str, Any] | None, processor: Any, tokens: int
-) -> Prompts:
+def prompts_of(model: Any, adapter: Adapter, inputs: Mapping[str, Any] | None, processor: Any, tokens: int) -> Prompts:
     """The prompts for a model: the user's, else the processor's, else noise.
 
     Raises
@@ -236,7 +234,10 @@ def join(model: Any, parts: Sequence[Inputs]) -> Inputs:
         values = [(part[name], part["input_ids"]) for part in parts if part.get(name) is not None]
         if all(_is_rowwise(name, value, ids) for value, ids in values):
             blank = fill if name == "input_ids" else 0
-            rows = [pad(value, (0, 0) * (value.dim() - 2) + (length - value.shape[1], 0), value=blank) for value, _ in values]
+            rows = [
+                pad(value, (0, 0) * (value.dim() - 2) + (length - value.shape[1], 0), value=blank)
+                for value, _ in values
+            ]
             out[name] = torch.cat(rows)
         elif all(isinstance(value, Tensor) for value, _ in values):
             out[name] = _stacked([value for value, _ in values])
@@ -268,9 +269,7 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
 
 def _margins(shape: Sequence[int], widest: Sequence[int]) -> list[int]:
     """Arguments of ``pad`` that bring a shape to another one, by zeros behind."""
-    return [
-        margin for size, wide in zip(reversed(shape), reversed(widest), strict=True) for margin in (0, wide - size)
-    ]
+    return [margin for size, wide in zip(reversed(shape), reversed(widest), strict=True) for margin in (0, wide - size)]
 
 
 def _tensor_painter(inputs: Inputs) -> tuple[Callable[[Box], Inputs] | None, tuple[int, int] | None]:

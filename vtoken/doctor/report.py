@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT = "vtoken-doctor-1"
 Status = Literal["passed", "failed", "refused", "unproven", "skipped"]
 """``unproven``: it ran, and would have looked the same with a fault. ``skipped``: it could not be tried here."""
 
@@ -103,9 +102,9 @@ class Cost(_Part):
 class Report(_Part):
     """All that the doctor found out."""
 
-    format: Literal["vtoken-doctor-1"] = FORMAT
+    format: Literal["vtoken-doctor-1"] = "vtoken-doctor-1"
     model: str = ""
-    note: str = Field("", description="what was changed to make the model fit, such as its depth")
+    note: str = Field(default="", description="what was changed to make the model fit, such as its depth")
     surroundings: dict[str, Any] = Field(default_factory=dict)
     found: Found | None = None
     prompt: Prompt | None = None

@@ -146,7 +146,9 @@ class Sameness:
             return Outcome("failed", f"A row of a batch differs by {worst:.3g} from its prompt alone.", numbers)
         if self.noise.padding_matters:
             return Outcome("unproven", "The rows of the unwrapped model, too, depend on their padding.", numbers)
-        return Outcome("passed", f"Each row of a padded batch gives what its prompt gives alone, within {worst:.2g}.", numbers)
+        return Outcome(
+            "passed", f"Each row of a padded batch gives what its prompt gives alone, within {worst:.2g}.", numbers
+        )
 
     def cache(self) -> Outcome:
         """Decoding on the pruned cache is computing everything anew."""
@@ -158,7 +160,9 @@ class Sameness:
         tolerance = max(self.noise.tolerance, 4 * plain)
         numbers = {"difference": worst, "unwrapped": plain, "tolerance": tolerance}
         if worst > tolerance:
-            return Outcome("failed", f"Steps on the pruned cache differ by {worst:.3g} from a run without one.", numbers)
+            return Outcome(
+                "failed", f"Steps on the pruned cache differ by {worst:.3g} from a run without one.", numbers
+            )
         return Outcome("passed", f"{NEW} steps on the pruned cache are those without one, within {worst:.2g}.", numbers)
 
     def _answers(self, inputs: Inputs, **options: Any) -> Any:

@@ -22,7 +22,7 @@ def judge(report: Report) -> None:
         report.exit_code = FAULT
         report.verdict = f"Fault found on {subject}: {faults[0]}: {why}{others}; please report it with the JSON."
         return
-    counts = Counter(check.status for check in report.checks)
+    counts: Counter[str] = Counter(check.status for check in report.checks)
     asked = sum(counts[status] for status in ("passed", "unproven"))
     if not counts["passed"]:
         report.verdict = f"Nothing could be shown on {subject}: {_first_reason(report)}"
