@@ -25,9 +25,9 @@ def adapter_of(model: Any) -> Adapter:
     Raises
     ------
     TypeError
-        If it is no model, or none that an adapter knows.
+        If it is no model, none that an adapter knows, or only a part of one.
     ValueError
-        If it is wrapped, has no weights, or lacks modules.
+        If it is wrapped, has no weights, or lacks modules in a way that the adapter does not expect.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{type(model).__name__} is no model: pass what from_pretrained returns.")
@@ -42,22 +42,11 @@ def adapter_of(model: Any) -> Adapter:
         )
     try:
         adapter = adapter_for(inside(model))
-        parts = {"decoder layers": len(adapter.layers)}
+        adapter.check_parts()
     except MISSING as error:
-        raise _incomplete(name, "the modules of its language model", error) from None
-    if adapter.outer is not None:
-        try:
-            parts["vision tower"] = len([*adapter.tower.parameters()])
-        except MISSING as error:
-            raise _incomplete(name, "a vision tower", error) from None
-    if empty := next((part for part, count in parts.items() if not count), None):
-        raise ValueError(f"{name} has no {empty}: the model is incomplete; load it again from its checkpoint.")
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} lacks modules ({why}): load the whole model, not parts of it.") from None
     return adapter
-
-
-def _incomplete(name: str, what: str, error: Exception) -> ValueError:
-    why = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{name} lacks {what} ({why}): the model is incomplete; load it again from its checkpoint.")
 
 
 def found_in(model: Any, adapter: Adapter) -> Found:
@@ -95,5 +84,5 @@ def _asked(question: Callable[[], Any]) -> Any:
     """What the adapter answers; None if the model has no such thing."""
     try:
         return question()
-    except (*MISSING, ValueError, NotImplementedError):
+    except (*MISSING, ValueError, TypeError, NotImplementedError):
         return None
