@@ -48,12 +48,23 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 FOREIGN = (OriginalLlavaAdapter, InternVLChatAdapter)
 """Code outside of transformers, recognised by its methods."""
 
-__all__ = ["ADAPTERS", "FOREIGN", "Adapter", "adapter_for", "families"]
+__all__ = ["ADAPTERS", "FOREIGN", "Adapter", "adapter_for", "families", "untested"]
 
 
 def families() -> dict[str, type[Adapter]]:
     """``config.model_type`` -> adapter, of the types that are tested; any other is tried with `GenericAdapter`."""
     return {model_type: adapter for adapter in ADAPTERS for model_type in adapter.model_types}
+
+
+def untested(adapter: Adapter) -> str | None:
+    """What to tell a user whose type of model no test runs, in a sentence; None for the others."""
+    model_type = getattr(adapter.model.config, "model_type", None)
+    if not isinstance(adapter, GenericAdapter) or model_type in families():
+        return None
+    return (
+        f"{type(adapter.model).__name__} (type {model_type!r}) is served by convention, and no test runs this type: "
+        "vtoken doctor, or vtoken.check(model, inputs), finds out what works on it."
+    )
 
 
 def adapter_for(model: Any) -> Adapter:

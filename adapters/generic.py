@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vtoken.engine.hooks import AdapterHooks
     from vtoken.engine.tower import VisionRecord
 
-SUPPORTED = "the families in docs/families.md"
+SUPPORTED = "the families in docs/families.md, and vtoken doctor shows what works on a type that is not among them"
 NESTED = ("language_model", "text_model", "model", "decoder", "transformer", "backbone")
 """Names under which a module holds the language model, or that holds its layers."""
 PLACEHOLDERS = ("{}_token_id", "{}_token_index", "{}_patch_id")

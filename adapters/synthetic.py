@@ -61,8 +61,8 @@ def synthetic_inputs(model: Any, batch: int = 1, tokens: int = 576, text: int = 
     begin = max(text // 2, 1)
     ids = torch.cat([words[:, :begin], visual.expand(batch, -1), words[:, begin:]], 1).to(weight.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
-    if kind in _QWEN:
-        inputs["mm_token_type_ids"] = (ids == placeholder).long()
+    if kind in _TYPES:
+        inputs[_TYPES[kind]] = (ids == placeholder).long()
     return inputs
 
 
@@ -111,10 +111,43 @@ def _grid(model: Any, batch: int, tokens: int) -> Pixels:
     return {"pixel_values": torch.empty(int(grid.prod(1).sum()), width, device="cpu"), "image_grid_thw": grid}
 
 
+def _pooled(model: Any, batch: int, tokens: int) -> Pixels:
+    """Square pictures that become the number of tokens that the configuration names, several a prompt."""
+    side = model.config.vision_config.image_size
+    count = batch * max(round(tokens / model.config.mm_tokens_per_image), 1)
+    return {"pixel_values": torch.empty(count, 3, side, side, device="cpu")}
+
+
+def _rows_of_tiles(model: Any, batch: int, tokens: int) -> Pixels:
+    """Tiles of a fixed number of tokens, several a prompt, in an axis of their own."""
+    vision = model.config.vision_config
+    side = vision.image_size
+    each = (side // vision.patch_size // model.config.scale_factor) ** 2
+    return {"pixel_values": torch.empty(batch, max(round(tokens / each), 1), 3, side, side, device="cpu")}
+
+
+def _placed_patches(model: Any, batch: int, tokens: int) -> Pixels:
+    """One picture a prompt, as square as possible: flat patches, and the column and row of each."""
+    vision = model.config.vision_config
+    rows = max(round(tokens**0.5), 1)
+    height, width = (count * vision.pooling_kernel_size for count in (rows, max(round(tokens / rows), 1)))
+    axes = torch.arange(width, device="cpu"), torch.arange(height, device="cpu")
+    places = torch.stack(torch.meshgrid(*axes, indexing="xy"), -1).view(1, -1, 2)
+    return {
+        "pixel_values": torch.empty(batch, height * width, 3 * vision.patch_size**2, device="cpu"),
+        "image_position_ids": places.expand(batch, -1, -1),
+    }
+
+
 _QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 _BUILDERS: dict[str, Callable[[Any, int, int], Pixels]] = {
     **dict.fromkeys(("llava", "vipllava", "internvl"), _pictures),
     "llava_next": _anyres,
     "llava_onevision": _clip,
     **dict.fromkeys(_QWEN, _grid),
+    "gemma3": _pooled,
+    "gemma4": _placed_patches,
+    **dict.fromkeys(("idefics3", "smolvlm"), _rows_of_tiles),
 }
+_TYPES = {**dict.fromkeys((*_QWEN, "gemma4"), "mm_token_type_ids"), "gemma3": "token_type_ids"}
+"""Types whose processors say of each token whether it is visual, and the argument in which they do."""

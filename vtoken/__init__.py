@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for type checkers what `_HOMES` is for Python
     from vtoken.context import Thinned as Thinned
     from vtoken.context import TowerContext as TowerContext
     from vtoken.context import VisualContext as VisualContext
+    from vtoken.doctor import check as check
     from vtoken.drawing import draw as draw
     from vtoken.encoder import EncoderRead as EncoderRead
     from vtoken.light import LightLayer as LightLayer
@@ -52,6 +53,7 @@ _HOMES = {
     "TowerContext": "context",
     "VisualContext": "context",
     "budget": "budget",
+    "check": "doctor",
     "draw": "drawing",
     "get_reducer": "registry",
     "list_presets": "registry",

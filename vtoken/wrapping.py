@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vtoken import compat
-from vtoken.adapters import Adapter, adapter_for
+from vtoken.adapters import Adapter, adapter_for, untested
 from vtoken.engine.session import Session
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
@@ -110,7 +111,10 @@ def wrap(
         positions = built.positions
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
-    session = Session(_adapter_of(inside(model)), built, positions, backend)
+    adapter = _adapter_of(inside(model))
+    if (advice := untested(adapter)) is not None:
+        warnings.warn(advice, stacklevel=2)
+    session = Session(adapter, built, positions, backend)
     _attach(inside(model), session)
     return model
 

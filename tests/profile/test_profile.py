@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import tiny as tiny_models
 import torch
+import zoo
 from typer.testing import CliRunner
 
 import vtoken
 from vtoken.adapters.synthetic import synthetic_inputs
 from vtoken.cli import app
-from vtoken.profile import Spread, profile
+from vtoken.profile import Spread, profile, shapes
 from vtoken.profile.breakeven import Point, break_even
 from vtoken.profile.flops import prefill_flops
 from vtoken.profile.memory import LiveBytes, peak_bytes
@@ -165,7 +168,39 @@ def test_shapes_are_configurations_that_build(name):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(shape_config(name))
     billions = sum(p.numel() for p in model.parameters()) / 1e9
-    assert 6.5 < billions < 8.5 if name.endswith("7b") else billions < 0.3
+    size = re.search(r"-(\d+(?:[.]\d+)?)b\b", name)  # in the names of published models the parameters, in billions
+    assert 0.95 * float(size[1]) < billions < 1.26 * float(size[1]) if size else billions < 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "kinds"), [("gemma-4-31b", 12, 2), ("qwen3.5-9b", 8, 2), ("llava-1.5-7b", 5, 1)]
+)
+def test_depth_is_cut_by_whole_patterns_to_fit(name, layers, kinds, monkeypatch):
+    made = []
+    monkeypatch.setattr(shapes, "random_model", lambda config, **options: made.append(config))
+    config = shape_config(name)
+    need = shapes._weight_bytes(shapes.with_depth(config, layers), torch.bfloat16)
+    monkeypatch.setattr(shapes, "_free_bytes", lambda device: 1.01 * need / shapes.MARGIN)
+    _, note = shapes.fitting_model(config, device="cpu", dtype=torch.bfloat16)
+    text = made[0].get_text_config()
+    assert text.num_hidden_layers == layers
+    assert len(set(getattr(text, "layer_types", None) or [""])) == kinds, "every kind of layer is there"
+    assert note.startswith(
+        f"{layers} of {config.get_text_config().num_hidden_layers} decoder layers, as the whole model"
+    )
+    monkeypatch.setattr(shapes, "_free_bytes", lambda device: 2.0**60)
+    assert shapes.fitting_model(config, device="cpu", dtype=torch.bfloat16)[1] == ""
+
+
+@pytest.mark.parametrize("family", ["gemma3", "smolvlm", "idefics3", "gemma4"])
+def test_noise_has_the_shape_that_the_model_takes(family):
+    model = zoo.make(family, (1,)).model if family == "gemma4" else tiny_models.make(family, (1,))[0]
+    inputs = synthetic_inputs(model, 2, 30, text=8)
+    visual = (inputs["input_ids"] == tiny_models.IMAGE_ID).sum(1).tolist()
+    assert visual[0] == visual[1]
+    assert abs(visual[0] - 30) <= 3
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
 
 
 def test_unknown_shapes_are_refused_with_the_nearest(tmp_path):
