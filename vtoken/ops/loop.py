@@ -16,7 +16,7 @@ from vtoken.ops import triton_greedy
 from vtoken.ops.cosines import Cosines
 
 SMALL = 1 << 23
-"""Numbers, read in a millisecond or two: steps of more gain from several threads, even where they wait for each other."""
+"""Numbers that are read in a millisecond or two: steps of more gain from several threads."""
 
 
 def on_host(device: torch.device) -> bool:
