@@ -16,7 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPTS = ("memory", "overhead", "selection", "end_to_end", "encoder_scores", "tower_prune", "prefill_efficiency")
+SCRIPTS = (
+    "memory",
+    "overhead",
+    "selection",
+    "end_to_end",
+    "encoder_scores",
+    "tower_prune",
+    "prefill_efficiency",
+    "prefill_all",
+)
 
 
 def main() -> int:

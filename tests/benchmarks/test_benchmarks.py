@@ -101,7 +101,7 @@ def tiny_shapes(monkeypatch):
 
 @pytest.mark.parametrize(
     ("block", "columns"),
-    [("prefill", 8), ("batches", 6), ("memory", 7), ("overhead", 6), ("selection", 13)],
+    [("prefill", 8), ("batches", 6), ("memory", 7), ("overhead", 6), ("selection", 13), ("every_reducer", 8)],
 )
 def test_a_benchmark_writes_what_its_table_reads(block, columns, script, tiny_shapes, tmp_path):
     tables = script("speed_tables")

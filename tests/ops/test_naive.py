@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -114,7 +112,6 @@ def test_blocks_of_candidates_change_nothing(name):
 @pytest.mark.parametrize("name", GREEDY)
 def test_of_many_tokens_columns_are_computed_one_by_one(name, monkeypatch):
     monkeypatch.setattr(cosines, "DENSE", 0)
-    monkeypatch.setattr(sys.modules["vtoken.ops.determinant"], "DENSE", 0)
     batch = Batch(9, tokens=150, width=6)
     batch.k = torch.tensor([30, 11, 25]) if name != "dpp" else torch.tensor([6, 5, 4])
     select, expected = SELECTIONS[name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtoken.ops.common import counts, finite, mask_of
-from vtoken.ops.cosines import CHUNK, DENSE, Cosines
+from vtoken.ops.cosines import CHUNK, Cosines
 from vtoken.ops.loop import one_thread, row_by_row
 from vtoken.ops.ragged import gather
 from vtoken.precision import selection
@@ -68,8 +68,8 @@ def log_det(x: Tensor, k: int | Tensor, gamma: float, valid: Tensor | None = Non
     """Pick the set that maximises ``det`` of ``I + gamma G Gᵀ`` with ``G = x xᵀ`` (OTPrune, arXiv 2602.20205).
 
     Each pick has the largest variance given the picks before it, kept up to date by incremental Cholesky rows. No
-    variance falls below 1, so that the rank is never used up. The kernel never exists as a whole, and G only where it
-    is smaller than ``x``.
+    variance falls below 1, so that the rank is never used up. The kernel exists as a whole only where it is no larger
+    than ``x``.
 
     Parameters
     ----------
@@ -94,14 +94,14 @@ def log_det(x: Tensor, k: int | Tensor, gamma: float, valid: Tensor | None = Non
     """
     valid = mask_of(x, valid)
     count = counts(k, valid)
-    similar = _Similarities(finite(x, valid, "features"))
-    left = 1 + gamma * similar.squared()
+    kernel = _Kernel(finite(x, valid, "features"))
+    left = 1 + gamma * kernel.diagonal()
 
     def column(at: Tensor) -> Tensor:
-        found = gamma * similar.column(at)
+        found = gamma * kernel.column(at)
         return found.scatter_add_(1, at, torch.ones_like(found[:, :1]))
 
-    with one_thread(valid.device, similar.read):
+    with one_thread(valid.device, kernel.read):
         return _pick(column, count, valid, left, torch.zeros_like(left), left)
 
 
@@ -127,22 +127,25 @@ def _pick(
     return torch.where(torch.arange(picked.shape[1], device=k.device) < k[:, None], picked, -1)
 
 
-class _Similarities:
-    """``G = x xᵀ`` and ``G Gᵀ`` of tokens (B, N, D), in parts where G is larger than they are."""
+class _Kernel:
+    """``G Gᵀ`` with ``G = x xᵀ`` of tokens (B, N, D): a table where it is no larger than they are, else columns."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        self.table = x @ x.mT if x.shape[1] <= min(x.shape[2], DENSE) else None
-        self.read = (x if self.table is None else self.table).numel()  # numbers read for a column
+        self.table: Tensor | None = None
+        if x.shape[1] <= x.shape[2]:
+            gram = x @ x.mT
+            self.table = gram @ gram
+        self.read = x.shape[1] if self.table is not None else x.numel()  # numbers read for a column
 
-    def squared(self) -> Tensor:
-        """(B, N): the diagonal of ``G Gᵀ``."""
+    def diagonal(self) -> Tensor:
+        """(B, N)."""
         if self.table is not None:
-            return self.table.square().sum(2)
+            return self.table.diagonal(dim1=1, dim2=2).clone()
         return torch.cat([(part @ self.x.mT).square().sum(2) for part in self.x.split(CHUNK, 1)], 1)
 
     def column(self, at: Tensor) -> Tensor:
-        """(B, N): the columns ``at`` (B, 1) of ``G Gᵀ``."""
+        """(B, N): the columns ``at`` (B, 1)."""
         if self.table is not None:
-            return (self.table @ gather(self.table, at).mT)[..., 0]
+            return gather(self.table, at)[:, 0]
         return (self.x @ (self.x.mT @ (self.x @ gather(self.x, at).mT)))[..., 0]
