@@ -111,6 +111,24 @@ def coverage(features: Tensor, importance: Tensor, k: int) -> Tensor:
     return torch.tensor(picks)
 
 
+def log_det(features: Tensor, k: int, gamma: float = 0.01) -> Tensor:
+    """Greedy determinant of ``I + gamma G Gᵀ`` with ``G = x xᵀ`` (arXiv 2602.20205), with the same rows."""
+    x = features.float()
+    gram = x @ x.T
+    kernel = gamma * gram @ gram.T
+    kernel.diagonal().add_(1)
+    variance = kernel.diagonal().clone()
+    rows = kernel.new_zeros(k, len(kernel))
+    picks: list[int] = []
+    for step in range(k):
+        picks.append(int(variance.argmax()))
+        best = picks[-1]
+        rows[step] = (kernel[best] - rows[:step, best] @ rows[:step]) / variance[best].sqrt()
+        variance = variance - rows[step].square()
+        variance[picks] = float("-inf")
+    return torch.tensor(picks)
+
+
 BASELINES: dict[str, Callable[..., Tensor]] = {
     "k_center": k_center,
     "max_sum": max_sum,
@@ -118,6 +136,7 @@ BASELINES: dict[str, Callable[..., Tensor]] = {
     "mmr": mmr,
     "sads": sads,
     "dpp": dpp,
+    "log_det": log_det,
     "coverage": coverage,
 }
 WEIGHTED = ("mmr", "sads", "dpp", "coverage")

@@ -22,11 +22,10 @@ import encoder_scores
 import overhead
 import selection
 import torch
-from baselines import BASELINES, WEIGHTED
+from baselines import BASELINES
 from harness import arguments, geometric_mean, race, save
 
 import vtoken
-from vtoken import ops
 from vtoken.adapters.synthetic import synthetic_inputs
 from vtoken.ops import triton_greedy
 from vtoken.profile import profile
@@ -52,11 +51,9 @@ def selections(args: Any) -> dict[str, Any]:
         x = selection.features(kind, tokens, width).to(args.device, dtype)
         w = selection.weights(tokens).to(args.device)
         for name in BASELINES:
-            extra = (w,) if name in WEIGHTED else ()
-            plain = partial(BASELINES[name], x[0], *(e[0] for e in extra), picks)
-            ours = partial(getattr(ops, name), x, *extra, picks)
+            plain, ours = selection.calls(name, x, w, picks)
             times = race({"baseline": plain, "vtoken": ours}, 1 if name == "coverage" else args.rounds, args.device)
-            shared = selection.same_picks([plain().cpu()], ours().cpu())
+            shared = selection.same_picks(plain(), ours())
             memory = {"baseline": peak_bytes(plain, x.device), "vtoken": peak_bytes(ours, x.device)}
             found[f"{name} {kind}"] = {**times, "same_picks": shared, "peak_bytes": memory}
     return found

@@ -18,7 +18,7 @@ from pathlib import Path
 
 SCRIPTS = (
     *("memory", "overhead", "selection", "end_to_end", "encoder_scores"),
-    *("tower_prune", "documents", "prefill_efficiency"),
+    *("tower_prune", "documents", "prefill_efficiency", "prefill_all"),
 )
 
 

@@ -1,58 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy selections against the plain loop over a full matrix of cosines; writes benchmarks/results/selection.json.
 
-Every selection is timed in turn with its baseline (`baselines.py`) on Gaussian and on clustered features, with the
-same picks. Then: several pictures of unequal size at once, other numbers of tokens, and memory.
+The headline is real features (`data/`): two photographs, as a pretrained tower gives them, and through a random GELU
+projector; on a quiet machine, and beside two processes that multiply matrices in two threads each, which are started
+and stopped here. Every selection is timed in turn with its baseline (`baselines.py`), with the same picks.
 
-A CPU with AVX-512 multiplies whole matrices about twice as fast as one with AVX2, but matrices by few vectors, as
-selections do, hardly faster: memory is as slow. So there, one picture is also timed with AVX2 alone, in a process of
-its own.
+A selection is evaluated lazily only if that takes at most half of the baseline's time on real features and is not
+slower beside other processes. The others are that plain loop; what they save is a half of the matrix, which is
+symmetric, and threads that wait for each other.
 
-Two selections have less to save than the others on such features:
-
-* `max_sum`: a sum of cosines rises and falls, so that no old score bounds a new one and each pick has to be compared
-  with all tokens. Drafts of 16 picks hold for about a dozen; on features of low rank hardly for one, and all cosines
-  are computed.
-* `max_min` on Gaussian features: all tokens are almost equally isolated, so that few leave the race for the first pick
-  early.
+Then: Gaussian and clustered features, several pictures of unequal size at once, and memory.
 
     python benchmarks/selection.py
 """
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from baselines import BASELINES, WEIGHTED
-from harness import arguments, geometric_mean, race, save
+from harness import arguments, round_times, save, summary
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from vtoken import ops
 from vtoken.profile.memory import LiveBytes, peak_bytes
+from vtoken.reducers.otprune import unit_channels
 
-TOKENS, WIDTH, PICKS = 2880, 4096, 288
+DATA = Path(__file__).parent / "data" / "real_features.npz"
+PHOTOGRAPHS = ("astronaut", "coffee")
+TOKENS, WIDTH, SHARE = 2880, 4096, 10  # a token of so many is picked
 CLUSTERS = 40
-RANK = 64
-AVX2 = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-"""What MKL, oneDNN and torch read when they are loaded."""
+GAMMA = 0.01  # otprune's
+LAZY = ("k_center", "mmr", "sads", "coverage")
+SLOW = ("coverage",)  # whose baseline takes seconds: one round
+NEIGHBOURS = 2
+BUSY = """
+import torch
+torch.set_num_threads(2)
+a = torch.randn(1024, 1024)
+print("busy", flush=True)
+while True:
+    a @ a
+"""
+
+
+@contextlib.contextmanager
+def neighbours(count: int = NEIGHBOURS) -> Iterator[None]:
+    """Beside so many processes that keep two threads busy."""
+    started = [subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for process in started:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def real(tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    """Features (1, N, 384) of two photographs and the attention (1, N) that each patch receives."""
+    with np.load(DATA) as data:
+        parts = [np.concatenate([data[f"{name}_{what}"] for name in PHOTOGRAPHS]) for what in ("features", "received")]
+    x, w = (torch.from_numpy(part).float()[None, :tokens] for part in parts)
+    return x, w
+
+
+def projected(x: Tensor, width: int) -> Tensor:
+    """(B, N, width): through a random projector of two layers, as LLaVA has one."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(size, width, generator=generator) / size**0.5 for size in (x.shape[2], width))
+    return gelu(x @ first) @ second
 
 
 def features(kind: str, tokens: int, width: int, seed: int = 0) -> Tensor:
-    """(1, N, D): independent directions, clusters as the patches of one object form them, or few directions."""
+    """(1, N, D): independent directions, or clusters as the patches of one object form them."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, tokens, width, generator=generator)
     if kind == "gaussian":
         return noise
-    if kind == "low rank":
-        few = torch.randn(1, tokens, RANK, generator=generator) @ torch.randn(RANK, width, generator=generator)
-        return few / RANK**0.5 + 0.1 * noise
     centres = torch.randn(CLUSTERS, width, generator=generator)
     return centres[torch.randint(CLUSTERS, (1, tokens), generator=generator)] + 0.5 * noise
 
@@ -65,13 +100,16 @@ def weights(tokens: int) -> Tensor:
 def calls(name: str, x: Tensor, w: Tensor, k: Any, valid: Tensor | None = None) -> tuple[Any, Any]:
     """The baseline, row by row, and ours on the batch."""
     extra = (w,) if name in WEIGHTED else ()
+    more = (GAMMA,) if name == "log_det" else ()
     counts = [k] * len(x) if isinstance(k, int) else k.tolist()
     valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+    if name == "log_det":  # as otprune gives it
+        x = unit_channels(x, valid)
     rows = [(x[b][mask], *(e[b][mask] for e in extra)) for b, mask in enumerate(valid)]
     baseline = BASELINES[name]
     return (
-        lambda: [baseline(*row, count) for row, count in zip(rows, counts, strict=True)],
-        lambda: getattr(ops, name)(x, *extra, k, valid=valid),
+        lambda: [baseline(*row, count, *more) for row, count in zip(rows, counts, strict=True)],
+        lambda: getattr(ops, name)(x, *extra, k, *more, valid=valid),
     )
 
 
@@ -85,80 +123,67 @@ def same_picks(plain: list[Tensor], found: Tensor) -> float:
 def compare(name: str, x: Tensor, w: Tensor, k: Any, args: Any, valid: Tensor | None = None) -> dict[str, Any]:
     """Times of baseline and ours, shared picks, and peak memory of both."""
     plain, ours = calls(name, x, w, k, valid)
-    times = race({"baseline": plain, "vtoken": ours}, 1 if name == "coverage" else args.rounds, args.device)
+    rounds, warmup = (1, 0) if name in SLOW else (args.rounds, 1)
+    times = round_times({"baseline": plain, "vtoken": ours}, rounds, args.device, warmup)
+    found = summary(times)
+    for side, spread in found.items():
+        spread["least"] = min(times[side])
     with LiveBytes() as tracker:
-        ours()
-    return {
-        "baseline": times["baseline"],
-        "vtoken": times["vtoken"],
-        "same_picks": same_picks(plain(), ours()),
-        "peak_bytes": {"baseline": peak_bytes(plain, x.device), "vtoken": tracker.peak, "largest": tracker.largest},
-    }
+        picks = ours()
+    memory = {"baseline": 0 if name in SLOW else peak_bytes(plain, x.device), "vtoken": tracker.peak}
+    return {**found, "same_picks": same_picks(plain(), picks), "peak_bytes": memory}
 
 
-def ragged(tokens: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four pictures of unequal size: features, weights, valid, a tenth of each."""
-    x = torch.cat([features("clusters", tokens, width, seed) for seed in range(4)]).to(device)
-    lengths = torch.tensor([tokens, tokens // 2, tokens // 5, tokens - 7])
-    valid = (torch.arange(tokens) < lengths[:, None]).to(device)
-    return x, weights(tokens).expand(4, -1).to(device), valid, (lengths // 10).clamp(min=1).to(device)
+def real_features(args: Any, names: Any = tuple(BASELINES)) -> dict[str, Any]:
+    """Every selection on real features, projected and raw."""
+    raw, w = real(300 if args.quick else None)
+    kinds = {"projected": projected(raw, 64 if args.quick else WIDTH), "raw": raw}
+    found: dict[str, Any] = {}
+    for kind, x in kinds.items():
+        for name in names:
+            k = x.shape[1] // SHARE
+            found.setdefault(name, {})[kind] = one = compare(name, x.to(args.device), w.to(args.device), k, args)
+            _say(f"{name} {kind}", one)
+    return found
 
 
-def one_picture(tokens: int, width: int, picks: int, args: Any) -> dict[str, Any]:
-    """Every selection on one picture of each kind, and its mean speed-up."""
-    one: dict[str, Any] = {}
+def synthetic(tokens: int, width: int, args: Any) -> dict[str, Any]:
+    """Gaussian and clustered features, and four clustered pictures of unequal size, a tenth of each."""
+    found: dict[str, Any] = {}
+    names = [name for name in BASELINES if name not in SLOW]
     for kind in ("gaussian", "clusters"):
         x, w = features(kind, tokens, width).to(args.device), weights(tokens).to(args.device)
-        for name in BASELINES:
-            found = compare(name, x, w, picks, args)
-            one.setdefault(name, {})[kind] = found
-            _say(f"{name} {kind}", found)
-    speedup = {name: geometric_mean([one[name][kind]["vtoken"]["speedup"] for kind in one[name]]) for name in one}
-    return {"one": one, "speedup": speedup}
-
-
-def others(tokens: int, width: int, picks: int, args: Any) -> dict[str, Any]:
-    """Features of low rank, unequal pictures, and other numbers of tokens."""
-    results: dict[str, Any] = {part: {} for part in ("low_rank", "ragged", "sweep")}
-    x, w = features("low rank", tokens, width).to(args.device), weights(tokens).to(args.device)
-    for name in (name for name in BASELINES if name != "coverage"):  # its loop takes seconds
-        results["low_rank"][name] = found = compare(name, x, w, picks, args)
-        _say(f"{name} low rank", found)
-    for name in BASELINES:
-        x, w, valid, k = ragged(tokens // 4, width, args.device)
-        results["ragged"][name] = found = compare(name, x, w, k, args, valid)
-        _say(f"{name} ragged", found)
-    for count in (96, 192) if args.quick else (576, 1152, 2304, 4608):
-        x, w = features("clusters", count, width).to(args.device), weights(count).to(args.device)
-        for name in ("k_center", "mmr"):
-            found = compare(name, x, w, count // 10, args)
-            results["sweep"].setdefault(name, {})[count] = found
-            _say(f"{name} N={count}", found)
-    return results
-
-
-def with_avx2(args: Any) -> dict[str, Any]:
-    """`one_picture` in a process without AVX-512."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "avx2.json"
-        options = ["--threads", args.threads, "--rounds", args.rounds, "--out", out, *["--quick"] * args.quick]
-        command = [sys.executable, __file__, "--one", *map(str, options)]
-        print("with AVX2 alone:", flush=True)
-        subprocess.run(command, check=True, env={**os.environ, **AVX2})
-        return json.loads(out.read_text(encoding="utf-8"))["results"]
+        for name in names:
+            found.setdefault(name, {})[kind] = one = compare(name, x, w, tokens // SHARE, args)
+            _say(f"{name} {kind}", one)
+    some = tokens // 4
+    x = torch.cat([features("clusters", some, width, seed) for seed in range(4)]).to(args.device)
+    lengths = torch.tensor([some, some // 2, some // 5, some - 7])
+    valid = (torch.arange(some) < lengths[:, None]).to(args.device)
+    w, k = weights(some).expand(4, -1).to(args.device), (lengths // SHARE).clamp(min=1).to(args.device)
+    for name in names:
+        found[name]["unequal"] = one = compare(name, x, w, k, args, valid)
+        _say(f"{name} unequal", one)
+    return found
 
 
 def main() -> None:
     """Measure everything."""
-    args = arguments(__doc__, ["one"])
-    tokens, width, picks = (192, 64, 19) if args.quick else (TOKENS, WIDTH, PICKS)
-    results: dict[str, Any] = {"tokens": tokens, "width": width, "picks": picks}
-    results |= {"cpu": torch.backends.cpu.get_cpu_capability(), **one_picture(tokens, width, picks, args)}
-    if not args.one:
-        results |= others(tokens, width, picks, args)
-        if args.device == "cpu" and results["cpu"] == "AVX512":
-            results["avx2"] = with_avx2(args)
-    save("selection", results, args)
+    args = arguments(__doc__)
+    tokens, width = (192, 64) if args.quick else (TOKENS, WIDTH)
+    results: dict[str, Any] = {
+        "tokens": {"real": real(300 if args.quick else None)[0].shape[1], "synthetic": tokens},
+        "width": {"projected": width, "raw": 384, "synthetic": width},
+        "share": 1 / SHARE,
+        "neighbours": NEIGHBOURS,
+        "lazy": LAZY,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "quiet": real_features(args),
+    }
+    print(f"beside {NEIGHBOURS} processes of two threads:", flush=True)
+    with neighbours():
+        results["busy"] = real_features(args)
+    save("selection", {**results, "synthetic": synthetic(tokens, width, args)}, args)
 
 
 def _say(what: str, found: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def script(monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("name", ["k_center", "max_sum", "max_min", "mmr", "sads", "dpp", "coverage"])
+@pytest.mark.parametrize("name", ["k_center", "max_sum", "max_min", "mmr", "sads", "dpp", "log_det", "coverage"])
 def test_baselines_pick_what_naive_loops_pick(script, name):
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(40, 24, generator=generator), torch.rand(40, generator=generator) + 0.1
@@ -42,7 +42,7 @@ def test_baselines_pick_what_naive_loops_pick(script, name):
     naive = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(naive)
     extra = (w,) if name in baselines.WEIGHTED else ()
-    more = {"mmr": (0.5,), "coverage": (1.0, "multiply")}.get(name, ())
+    more = {"mmr": (0.5,), "coverage": (1.0, "multiply"), "log_det": (0.01,)}.get(name, ())
     assert baselines.BASELINES[name](x, *extra, 6).tolist() == getattr(naive, name)(x, *extra, 6, *more)
 
 
@@ -104,7 +104,7 @@ def tiny_shapes(monkeypatch):
 
 @pytest.mark.parametrize(
     ("block", "columns"),
-    [("prefill", 8), ("batches", 6), ("memory", 7), ("overhead", 6), ("selection", 9)],
+    [("prefill", 8), ("batches", 6), ("memory", 7), ("overhead", 6), ("selection", 13), ("every_reducer", 8)],
 )
 def test_a_benchmark_writes_what_its_table_reads(block, columns, script, tiny_shapes, tmp_path):
     tables = script("speed_tables")

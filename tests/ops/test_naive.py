@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtoken import ops
+from vtoken.ops import cosines
 
 from . import naive
 
@@ -110,12 +109,13 @@ def test_blocks_of_candidates_change_nothing(name):
     agree(select(batch), batch, expected)
 
 
-def test_coverage_of_many_tokens_keeps_no_square_table(monkeypatch):
+@pytest.mark.parametrize("name", GREEDY)
+def test_of_many_tokens_columns_are_computed_one_by_one(name, monkeypatch):
+    monkeypatch.setattr(cosines, "DENSE", 0)
     batch = Batch(9, tokens=150, width=6)
-    batch.k = torch.tensor([30, 11, 25])
-    with_table = ops.coverage(batch.x, batch.scores, batch.k, valid=batch.valid)
-    monkeypatch.setattr(sys.modules["vtoken.ops.coverage"], "DENSE", 0)
-    assert torch.equal(ops.coverage(batch.x, batch.scores, batch.k, valid=batch.valid), with_table)
+    batch.k = torch.tensor([30, 11, 25]) if name != "dpp" else torch.tensor([6, 5, 4])
+    select, expected = SELECTIONS[name]
+    agree(select(batch), batch, expected)
 
 
 @every_selection
@@ -303,6 +303,7 @@ def test_no_square_matrix_of_all_tokens_is_formed():
         ops.mmr(x, x[..., 0], 20)
         ops.k_center(x, 20)
         ops.dpp(x, x[..., 0].abs(), 6)
+        ops.max_sum(x, 6)
     assert 0 < watch.biggest < 200 * 20_000
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import vtoken
 from vtoken.encoder import EncoderRead
+from vtoken.reducers import vispruner
 from vtoken.reducers.base import stage_budget
 from vtoken.reducers.checks import layer_at
 from vtoken.reducers.gate import load_gates
@@ -239,6 +240,34 @@ def test_vispruner_drops_duplicates_first():
     chosen = kept(vtoken.VisPruner(keep=28, important=10 / 28), ctx)
     assert chosen[:10] == list(range(10))
     assert len({t // 2 for t in chosen[10:]}) == 13  # one of each pair at least: eight duplicates went
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 16])
+def test_thinning_removes_what_a_plain_loop_over_all_pairs_removes(neighbours, monkeypatch):
+    """Rows of unequal length, lists with gaps, and so few neighbours that most have to look through all tokens."""
+    monkeypatch.setattr(vispruner, "NEAREST", neighbours)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 150, 12, generator=generator)
+    order = torch.stack([torch.randperm(150, generator=generator) for _ in range(3)])
+    order[1, 60:] = -1
+    order[2, ::4] = -1
+    target = torch.tensor([17, 80, 5])
+    found = vispruner.thin(x, order, target, torch.ones(3, 150, dtype=torch.bool))
+    for row, listed, count, picks in zip(x, order, target.tolist(), found, strict=True):
+        expected = thinned(row.double(), [token for token in listed.tolist() if token >= 0], count)
+        assert picks[: len(expected)].tolist() == expected
+        assert (picks[len(expected) :] == -1).all()
+
+
+def thinned(x: torch.Tensor, order: list[int], count: int) -> list[int]:
+    unit = nn.functional.normalize(x, dim=1)
+    cosines = (unit @ unit.T).tolist()
+    while len(order) > count:
+        even, odd = order[0::2], order[1::2]
+        near = {token: max(cosines[token][other] for other in odd) for token in even}
+        even = sorted(even, key=lambda token: -near[token])
+        order = even[min(8, len(order) - count) :] + odd
+    return order
 
 
 def test_cdpruner_prefers_what_resembles_the_prompt():

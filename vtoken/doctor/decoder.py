@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtoken import compat
 from vtoken.adapters import Adapter
 from vtoken.doctor.outcome import Outcome
 from vtoken.doctor.probes import Looks
@@ -23,7 +24,8 @@ from vtoken.ops.ragged import compact
 from vtoken.wrapping import reduce
 
 SHORTENED_BY_THE_ENGINE = {
-    *("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "input_ids", "use_cache", "cache_position"),
+    *("inputs_embeds", "attention_mask", "position_ids", compat.CACHE, compat.NEW_CACHE),
+    *("input_ids", "use_cache", "cache_position"),
 }
 CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Of attention weights, as a share of the largest one; a tenth in the short types."""
@@ -126,7 +128,7 @@ def _recorded(model: Any, adapter: Adapter, inputs: Inputs) -> tuple[Any, list[t
         for layer in adapter.layers
     ]
     with hooked(handles):
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = compat.cache_of(model(**inputs, use_cache=True))
     return cache, states
 
 

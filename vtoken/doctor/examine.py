@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vtoken import compat
 from vtoken.adapters import Adapter
 from vtoken.doctor import decoder, gains, kernels, noise, places, trying
 from vtoken.doctor.finding import adapter_of, found_in
@@ -24,7 +25,6 @@ from vtoken.doctor.runs import logits
 from vtoken.doctor.sameness import Sameness
 from vtoken.doctor.verdict import judge
 from vtoken.eval.provenance import surroundings
-from vtoken.versions import check_transformers
 
 Run = Callable[[], Outcome]
 
@@ -52,7 +52,7 @@ class Examination:
         keeps: Sequence[Any],
         tokens: int,
     ) -> None:
-        check_transformers()
+        compat.warn_if_untested(2)
         self.candidates = trying.chosen(reducers, keeps)
         self.model, self.adapter = model, adapter_of(model)
         self.report = Report(model=type(model).__name__, surroundings=surroundings())

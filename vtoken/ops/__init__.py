@@ -7,11 +7,8 @@ Batch first. ``k`` is an int or a LongTensor (B,); ``valid`` (B, N) masks ragged
 """
 
 from vtoken.ops.coverage import cover, coverage
-from vtoken.ops.dpp import dpp
-from vtoken.ops.greedy import k_center, mmr, sads
-from vtoken.ops.log_det import log_det
-from vtoken.ops.max_min import max_min
-from vtoken.ops.max_sum import max_sum
+from vtoken.ops.determinant import dpp, log_det
+from vtoken.ops.greedy import k_center, max_min, max_sum, mmr, sads
 from vtoken.ops.merge import Merged, bipartite_merge, cluster_merge, density_peaks, merge_rows, row_sizes
 from vtoken.ops.pagerank import page_rank
 from vtoken.ops.topk import top_k

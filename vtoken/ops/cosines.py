@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cosine similarities between tokens, computed where they are needed: no N x N matrix, no normalised copy."""
+"""Cosine similarities between tokens: all of them in one table, or columns of it where it would be too large."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vtoken.ops.common import EPS, finite
 from vtoken.ops.ragged import gather
 
 CHUNK = 512  # rows of similarities held at a time
-DENSE = 3072  # tokens up to which all of them are kept (36 MB), where each is used several times
+DENSE = 3072  # tokens whose table (36 MB) is kept however few features they have
 FEW = 6  # columns that are computed as rows: the other way round is as slow for one as for sixteen
 BANDS = 5  # of a table, each as far as its diagonal: more are smaller products, fewer compute more pairs twice
 
@@ -48,6 +48,11 @@ class Cosines:
         """(B, N)."""
         return self.inverse.shape
 
+    @property
+    def read(self) -> int:
+        """Numbers that are read for a column of one row."""
+        return self.shape[1] if self.table is not None else self.values[0].numel()
+
     def part(self, row: int, tokens: Tensor) -> Cosines:
         """Of the tokens ``tokens`` (S,) of one row; their features are copied unless they follow each other."""
         chosen = slice(int(tokens[0]), int(tokens[-1]) + 1) if _in_a_row(tokens) else tokens
@@ -58,10 +63,13 @@ class Cosines:
         )
         return found
 
-    def whole(self, most: int) -> Cosines:
-        """Those of rows of at most ``most`` tokens, all of them computed; of more tokens as they are."""
-        tokens = self.shape[1]
-        if self.table is not None or tokens > most:
+    def whole(self) -> Cosines:
+        """With all of them computed; of many tokens, whose table would be large and larger than they are, as they are.
+
+        A half of the table is computed, the other is its mirror image.
+        """
+        rows, tokens = self.shape
+        if self.table is not None or rows * tokens**2 > max(DENSE**2, self.values.numel()):
             return self
         found = copy.copy(self)
         found.table = self.values.new_empty(len(self.values), tokens, tokens)
@@ -85,10 +93,6 @@ class Cosines:
         if index.shape[1] <= FEW:
             return (self.units(index) @ self.values.mT).mul_(self.inverse[:, None])
         return (self.values @ self.units(index).mT).mul_(self.inverse[..., None]).mT  # this way round is fast when thin
-
-    def facing(self, others: Cosines) -> Tensor:
-        """(S, O) cosines of the tokens of the first row and those of another selection of it."""
-        return (self.values[0] @ others.values[0].T).mul_(self.inverse[0, :, None]).mul_(others.inverse[0])
 
     def among(self, index: Tensor) -> Tensor:
         """(B, P, P) cosines of the tokens ``index`` (B, P)."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from vtoken.ops.common import counts, finite, mask_of
-from vtoken.ops.cosines import DENSE, Cosines
-from vtoken.ops.lazy import on_host
-from vtoken.ops.nested import row_by_row
+from vtoken.ops.cosines import Cosines
+from vtoken.ops.loop import one_thread, row_by_row
 from vtoken.precision import selection, without_autocast
 
 BLOCK = 16  # candidates evaluated at a time
@@ -66,11 +65,8 @@ def coverage(
     importance = finite(importance, valid, "importance scores")
     if bool((importance < 0).any()):
         raise ValueError(f"importance holds {importance.min().item():.3g}: coverage takes values of at least 0.")
-    cosines = Cosines(features, valid)
-    if not on_host(valid.device):
-        cosines = cosines.whole(DENSE)
     pick = functools.partial(_pick, add=combine == "add")
-    return row_by_row(pick, cosines, count, valid, importance**alpha, short=DENSE)
+    return row_by_row(pick, Cosines(features, valid), count, valid, importance**alpha)
 
 
 def cover(columns: Callable[[Tensor], Tensor], rows: int, k: int | Tensor, valid: Tensor) -> Tensor:
@@ -98,18 +94,21 @@ def cover(columns: Callable[[Tensor], Tensor], rows: int, k: int | Tensor, valid
     count = counts(k, valid)
     weight = torch.ones_like(valid, dtype=torch.float32)
     with torch.no_grad(), without_autocast(valid.device):
-        return _take(_LazyGains(columns, rows, valid, weight, add=False), count)
+        return _take(_LazyGains(columns, rows, valid, weight, add=False), count, rows * valid.shape[1])
 
 
 def _pick(cosines: Cosines, k: Tensor, valid: Tensor, weight: Tensor, add: bool) -> Tensor:
-    return _take(_LazyGains(cosines.columns, cosines.shape[1], valid, weight, add), k)
+    cosines = cosines.whole()
+    return _take(_LazyGains(cosines.columns, cosines.shape[1], valid, weight, add), k, cosines.read)
 
 
-def _take(search: _LazyGains, k: Tensor) -> Tensor:
+def _take(search: _LazyGains, k: Tensor, read: int) -> Tensor:
+    """Picks (B, max k); ``read`` numbers are behind a column."""
     picked = k.new_full((len(k), int(k.max())), -1)
-    for step in range(picked.shape[1]):
-        best = search.next()
-        picked[:, step] = torch.where(step < k, best[:, 0], -1)
+    with one_thread(k.device, read):
+        for step in range(picked.shape[1]):
+            best = search.next()
+            picked[:, step] = torch.where(step < k, best[:, 0], -1)
     return picked
 
 

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy selections that score a token by its largest similarity to a pick."""
+"""Greedy selections that score a token by its largest similarity to a pick, or by the sum of them.
+
+On the host, `k_center`, `mmr` and `sads` are evaluated lazily. The others are not: a sum of cosines rises and falls, so
+that no old score bounds a new one, and the first pick of `max_min` needs nearly all cosines anyway.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from vtoken.ops.common import counts, finite, first_of, mask_of
-from vtoken.ops.cosines import Cosines
-from vtoken.ops.nearest import only, pick
+from vtoken.ops.cosines import CHUNK, Cosines
+from vtoken.ops.lazy import pick_lazily
+from vtoken.ops.loop import on_host, only, pick_each, row_by_row
 from vtoken.precision import selection
-
-SHORT = 640  # tokens up to which all cosines are computed at once; not where weights decide, too: pools live long there
 
 
 def start_of(start: Tensor | None, valid: Tensor) -> Tensor:
@@ -53,7 +58,51 @@ def k_center(features: Tensor, k: int | Tensor, start: Tensor | None = None, val
     """
     valid = mask_of(features, valid)
     first = only(start_of(start, valid), valid)
-    return pick(Cosines(features, valid), counts(k, valid), valid, first, short=SHORT)
+    return _pick(
+        Cosines(features, valid), counts(k, valid), valid, first, torch.zeros_like(first), torch.ones_like(first)
+    )
+
+
+@selection
+def max_min(features: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
+    """Max-min selection that starts at the token farthest from its nearest neighbour (DivPrune, arXiv 2503.02175).
+
+    Picked tokens leave the choice, so identical tokens give no duplicates. Parameters, result and errors are those of
+    `k_center`.
+    """
+    valid = mask_of(features, valid)
+    return row_by_row(_from_most_isolated, Cosines(features, valid), counts(k, valid), valid)
+
+
+def _from_most_isolated(cosines: Cosines, k: Tensor, valid: Tensor) -> Tensor:
+    cosines = cosines.whole()
+    first = -_nearest_similarity(cosines, valid)
+    return pick_each(cosines, k, valid, first, torch.zeros_like(first), torch.ones_like(first))
+
+
+def _nearest_similarity(cosines: Cosines, valid: Tensor) -> Tensor:
+    """(B, N): cosine of each token and its nearest other valid token; -1 if it is alone."""
+    tokens = torch.arange(cosines.shape[1], device=valid.device)
+    outside = torch.zeros_like(valid, dtype=torch.float32).masked_fill_(~valid, float("-inf"))
+    parts = []
+    for start in range(0, len(tokens), CHUNK):
+        near = cosines.columns(tokens[start : start + CHUNK].expand(len(valid), -1)) + outside[:, None]
+        near.diagonal(start, 1, 2).fill_(-1.0)
+        parts.append(near.amax(2))
+    return torch.cat(parts, 1)
+
+
+@selection
+def max_sum(features: Tensor, k: int | Tensor, start: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    """Max-sum diversification: the smallest sum of cosines to the picks (ToDRE v2, arXiv 2505.18757, Eq. 4-6).
+
+    Parameters, result and errors are those of `k_center`.
+    """
+    valid = mask_of(features, valid)
+    first = only(start_of(start, valid), valid)
+    pick = functools.partial(pick_each, add=True)
+    values = first, torch.zeros_like(first), torch.ones_like(first)
+    return row_by_row(pick, Cosines(features, valid), counts(k, valid), valid, *values)
 
 
 @selection
@@ -102,7 +151,7 @@ def mmr(
     valid = mask_of(features, valid)
     weight = scaled(finite(importance, valid, "importance scores"), valid, floor=1e-6)
     slope = torch.full_like(weight, 1 - lam)
-    return pick(Cosines(features, valid), counts(k, valid), valid, weight, lam * weight, slope, parallel)
+    return _pick(Cosines(features, valid), counts(k, valid), valid, weight, lam * weight, slope, parallel)
 
 
 @selection
@@ -134,7 +183,21 @@ def sads(features: Tensor, weights: Tensor, k: int | Tensor, valid: Tensor | Non
     """
     valid = mask_of(features, valid)
     weights = finite(weights, valid, "weights")
-    return pick(Cosines(features, valid), counts(k, valid), valid, weights, weights, weights)
+    return _pick(Cosines(features, valid), counts(k, valid), valid, weights, weights, weights)
+
+
+def _pick(
+    cosines: Cosines,
+    k: Tensor,
+    valid: Tensor,
+    first: Tensor,
+    offset: Tensor,
+    slope: Tensor,
+    parallel: int = 1,
+) -> Tensor:
+    """Picks (B, max k): the best by ``first`` (B, N), then by ``offset - slope * nearest``; these scores only fall."""
+    pick = pick_lazily if on_host(valid.device) else pick_each
+    return row_by_row(functools.partial(pick, parallel=parallel), cosines, k, valid, first, offset, slope)
 
 
 def scaled(values: Tensor, valid: Tensor, floor: float) -> Tensor:

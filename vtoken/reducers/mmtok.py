@@ -12,7 +12,7 @@ from torch.nn import functional
 from vtoken.context import VisualContext
 from vtoken.ops import cover
 from vtoken.ops.common import EPS, unit_vectors
-from vtoken.ops.cosines import CHUNK, DENSE, Cosines
+from vtoken.ops.cosines import CHUNK, Cosines
 from vtoken.ops.ragged import gather
 from vtoken.precision import selection
 from vtoken.reducers.base import SelectReducer
@@ -148,7 +148,7 @@ class _Softmaxed:
     """Columns of ``alpha softmax(cos / tau) / N``; rows and columns are the valid tokens."""
 
     def __init__(self, features: Tensor, valid: Tensor, tau: float, alpha: float) -> None:
-        self.cosines = Cosines(features, valid).whole(int(DENSE / max(1, len(valid)) ** 0.5))
+        self.cosines = Cosines(features, valid).whole()
         self.valid, self.tau = valid, tau
         self.scale = (alpha / valid.sum(1).clamp(min=1))[:, None, None]
         tokens = torch.arange(valid.shape[1], device=valid.device)
