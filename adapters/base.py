@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vtoken.adapters import towers
+from vtoken.compat import CACHE
 from vtoken.context import NEWLINE, ItemLayout
 from vtoken.engine.taps import Reader, tap
 
@@ -49,6 +50,8 @@ class Adapter:
     """Kinds of decoder layers by the name that the config has for them, where that is not transformers' usual one."""
     limits: ClassVar[Mapping[str, str]] = {}
     """What is not served, `BETWEEN`, `KEPT_POSITIONS`, `HIDING` or `READING`, and why: a clause for a sentence."""
+    outer_takes: ClassVar[tuple[str, ...]] = ("attention_mask", CACHE)
+    """Arguments that the outer module must take, as the engine reads or replaces them."""
     attention_norm: ClassVar[str] = "input_layernorm"
     """Name of the norm before the attention of a decoder layer."""
 

@@ -28,6 +28,13 @@ class Granite4VisionAdapter(GenericAdapter):
     model_types = ("granite4_vision",)
     answers = frozenset({"deepstack"})
 
+    def read_block(self, layer: int | float) -> int:
+        raise ValueError(
+            f"{type(self.model).__name__} makes its visual tokens of several blocks of the vision tower and adds them "
+            "between decoder layers, so that no block's patches become tokens: use a reducer that needs no encoder "
+            "attention."
+        )
+
     def shown(self, kwargs: dict[str, Any]) -> Tensor:
         embeds: Tensor = kwargs["inputs_embeds"]
         if not kwargs.get(FEATURES):

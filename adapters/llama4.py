@@ -24,6 +24,7 @@ class Llama4Adapter(GenericAdapter):
     """`transformers.Llama4ForConditionalGeneration`."""
 
     model_types = ("llama4",)
+    leading_tokens = 0  # [CLS] stands behind the patches
 
     def install(self, hooks: AdapterHooks) -> None:
         super().install(hooks)

@@ -193,7 +193,15 @@ class MarkedAdapter(Adapter):
             If visual tokens are not made of patches of their own.
         """
         rows = torch.cat([part.flatten(0, 1) for part in parts])
-        return self.marker.map_of(modality, call, len(rows)).mean(rows)
+        found = self.marker.map_of(modality, call, len(rows))
+        place = torch.cat([torch.arange(part.shape[1], device="cpu").repeat(len(part)) for part in parts])
+        if bool((found.token[place < self.leading_tokens] != UNUSED).any()):
+            raise ValueError(
+                f"The vision tower of {type(self.model).__name__} has {self.leading_tokens} tokens that are no patches, "
+                "but not before the patches, so that [CLS] cannot be told: it needs an adapter that says where they "
+                "are (leading_tokens, docs/adding-a-family.md), or use a reducer that needs no encoder attention."
+            )
+        return found.mean(rows)
 
     def tower_groups(self, patches: int, modality: str) -> Tensor:
         raise ValueError(

@@ -28,6 +28,8 @@ class QFormerAdapter(GenericAdapter):
     model_types = ("blip-2", "instructblip", "instructblipvideo")
     answers = frozenset({"generate"})
 
+    outer_takes = ("attention_mask",)  # generate() hands the cache to the language model only
+
     def __init__(self, model: nn.Module) -> None:
         config: Any = getattr(model, "config", None)
         if getattr(getattr(config, "text_config", None), "is_encoder_decoder", False):

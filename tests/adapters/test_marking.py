@@ -30,20 +30,27 @@ from vtoken.engine.tower import VisionReader, feature_list
 
 MIXED = "mixes patches behind the blocks"
 UNREADABLE = "has no attention that can be read"
+UNREAD = ("got_ocr2", "pp_chart2table", "emu3", "fuyu", "gemma4_unified", "inkling_mm_model", *zoo.TIMM)
 REFUSED = {
     "aria": MIXED,
     "idefics2": MIXED,
     "step3p7": MIXED,
+    "granite4_vision": "of several blocks of the vision tower",
     "deepseek_ocr2": "masks its attention by more than the borders",
-    **dict.fromkeys(("got_ocr2", "pp_chart2table", "emu3", "fuyu", "gemma4_unified", *zoo.TIMM), UNREADABLE),
+    **dict.fromkeys(
+        UNREAD,
+        UNREADABLE,
+    ),
 }
 """Types without statistics of their encoder, and why."""
-INSTALLED = [family for family in zoo.BUILDERS if family in CONFIG_MAPPING]
+INSTALLED = [family for family in zoo.BUILDERS if family in CONFIG_MAPPING and family not in zoo.PICTURED]
 SERVED = [family for family in INSTALLED if family not in REFUSED]
 every_family = pytest.mark.parametrize("family", SERVED)
 BATCH = (1, 2, 0)
 LEADING = {"qianfan_ocr": 1, "video_llava": 1, "nemotron_h_omni": 2}
 """Tokens before the patches, from the papers."""
+TRAILING = {"llama4": 1}
+"""Tokens behind the patches."""
 WINDOWED = {"qwen2_5_omni_thinker": 1, "hyperclovax_vision_v2": 1, "exaone4_5": 1}
 """The block of the tiny model that attends to the whole picture, where the last one does not."""
 READERS = ("visionzip", "prumerge", "fopru")
@@ -160,7 +167,8 @@ def eager(family):
     case = zoo.make(family, BATCH, attn="eager")
     attention = adapter_for(case.model).vision_attention(WINDOWED.get(family, -1))
     source, found = sys.modules[type(attention).__module__], []
-    original = source.eager_attention_forward
+    name = next(name for name in ("vision_eager_attention_forward", "eager_attention_forward") if hasattr(source, name))
+    original = getattr(source, name)
 
     def spy(module, *args, **kwargs):
         out = original(module, *args, **kwargs)
@@ -169,7 +177,7 @@ def eager(family):
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "eager_attention_forward", spy)
+        patch.setattr(source, name, spy)
         features(case.model, case.pictures[-1])
     (weights,) = found
     return weights[0]
@@ -184,14 +192,15 @@ def test_encoder_statistics_equal_eager(family):
     if first:
         wanted[EncoderRead("cls", -1)] = weights[0]
     look = Look(tuple(wanted))
-    with vtoken.reduce(case.model, look), torch.no_grad():
+    with vtoken.reduce(case.model, look, **zoo.positions(family)), torch.no_grad():
         case.model(**case.inputs)
     found = look.seen["ctx"].encoder
     for read, values in wanted.items():
         mean = (rows @ values) / rows.sum(1)
         torch.testing.assert_close(found[read][-1, : len(mean)], mean, atol=1e-6, rtol=1e-4, equal_nan=True)
         assert float(mean.nan_to_num().std()) > 1e-5  # or any map would do
-    assert torch.equal(rows.sum(0) == 0, torch.arange(rows.shape[1]) < first)  # [CLS] and registers alone are unused
+    place, last = torch.arange(rows.shape[1]), rows.shape[1] - TRAILING.get(family, 0)
+    assert torch.equal(rows.sum(0) == 0, (place < first) | (place >= last))  # [CLS] and registers alone are unused
 
 
 @pytest.mark.parametrize("family", [family for family in SERVED if family in zoo.CLIPS])
@@ -210,7 +219,7 @@ def test_patches_of_clips(family):
 def test_a_tower_without_a_map_is_refused(family, record_property):
     case = zoo.make(family, (1,))
     with (
-        vtoken.reduce(case.model, "visionzip", keep=0.5),
+        vtoken.reduce(case.model, "visionzip", keep=0.5, **zoo.positions(family)),
         pytest.raises(ValueError, match=REFUSED[family]) as caught,
         torch.no_grad(),
     ):
@@ -223,15 +232,15 @@ def test_a_tower_without_a_map_is_refused(family, record_property):
 @every_family
 def test_reducers_that_read_the_encoder(family, name):
     """Budgets are exact, and a batch is its rows alone."""
-    case, reducer = zoo.make(family, BATCH), built(name, 0.5)
-    with vtoken.reduce(case.model, reducer), torch.no_grad():
+    case, reducer = zoo.make(family, zoo.batch(family, *BATCH)), built(name, 0.5)
+    with vtoken.reduce(case.model, reducer, **zoo.positions(family)), torch.no_grad():
         together = case.model(**case.inputs).logits
         assert together.isfinite().all()
         for number, image in enumerate(vtoken.stats(case.model).images):
             on_top = family == "hunyuan_vl" and reducer.newlines == "keep"  # a separator for each row, and two more
             extra = zoo.GRIDS[number][1] // 2 + 2 if on_top else 0
             assert image.kept == round((image.tokens - extra) / 2) + extra
-        if family in zoo.UNEQUAL:
+        if family in (*zoo.UNEQUAL, *zoo.UNPADDED):
             return
         logits = case.model(**case.alone(1)).logits
     torch.testing.assert_close(together[1:2, -logits.shape[1] :], logits, **TOLERANCE)
@@ -417,3 +426,11 @@ def test_the_input_of_a_projector_that_has_one_row_for_a_token(kind):
     with torch.no_grad():
         made = ctx.projector(ctx.projector_input[ctx.valid])
     torch.testing.assert_close(made, ctx.features[ctx.valid], atol=1e-5, rtol=1e-4)
+
+
+def test_a_token_behind_the_patches_is_not_taken_for_one_before_them():
+    case = zoo.make("llama4", (1,))
+    with vtoken.reduce(case.model, "visionzip", keep=0.5) as model:
+        vtoken.wrapping.session_of(model).adapter.leading_tokens = 1  # what its parameters say
+        with pytest.raises(ValueError, match="1 tokens that are no patches, but not before the patches"):
+            case.model(**case.inputs)

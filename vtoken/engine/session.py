@@ -197,7 +197,7 @@ def check_signatures(adapter: Adapter) -> None:
         If a module does not, in the installed transformers.
     """
     if adapter.outer is not None:
-        compat.check_takes(adapter.outer, ("attention_mask", compat.CACHE))
+        compat.check_takes(adapter.outer, adapter.outer_takes)
     compat.check_takes(adapter.language_model, ("inputs_embeds", "attention_mask", "position_ids", compat.CACHE))
     for layer in {type(layer): layer for layer in adapter.layers}.values():
         compat.check_takes(layer, ("attention_mask", compat.CACHE))
