@@ -86,7 +86,9 @@ def _nearest_similarity(cosines: Cosines, valid: Tensor) -> Tensor:
     outside = torch.zeros_like(valid, dtype=torch.float32).masked_fill_(~valid, float("-inf"))
     parts = []
     for start in range(0, len(tokens), CHUNK):
-        near = cosines.columns(tokens[start : start + CHUNK].expand(len(valid), -1)) + outside[:, None]
+        near = cosines.columns(tokens[start : start + CHUNK].expand(len(valid), -1))
+        if not on_host(valid.device):  # where rows have invalid tokens
+            near = near + outside[:, None]
         near.diagonal(start, 1, 2).fill_(-1.0)
         parts.append(near.amax(2))
     return torch.cat(parts, 1)

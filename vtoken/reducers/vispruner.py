@@ -101,9 +101,10 @@ def thin(features: Tensor, order: Tensor, target: Tensor, valid: Tensor) -> Tens
 
 
 def _halved(cosines: Cosines, order: Tensor, target: Tensor) -> Tensor:
-    """The list after rounds that reach the target or leave at most half of the longest one."""
+    """The list after rounds that reach the target or leave at most half of the longest one that is above its own."""
     near = _Neighbours(cosines, order)
-    least = torch.maximum(target, (order >= 0).sum(1).max() // 2)
+    count = (order >= 0).sum(1)
+    least = torch.maximum(target, count[count > target].max() // 2)
     with one_thread(order.device, order.numel() * NEAREST):
         while bool(((order >= 0).sum(1) > least).any()):
             order = _round(near, order, target)
