@@ -197,8 +197,8 @@ class MarkedAdapter(Adapter):
         place = torch.cat([torch.arange(part.shape[1], device="cpu").repeat(len(part)) for part in parts])
         if bool((found.token[place < self.leading_tokens] != UNUSED).any()):
             raise ValueError(
-                f"The vision tower of {type(self.model).__name__} has {self.leading_tokens} tokens that are no patches, "
-                "but not before the patches, so that [CLS] cannot be told: it needs an adapter that says where they "
+                f"The vision tower of {type(self.model).__name__} has {self.leading_tokens} tokens that are no "
+                "patches, but not before the patches, so that [CLS] cannot be told: it needs an adapter that says where they "
                 "are (leading_tokens, docs/adding-a-family.md), or use a reducer that needs no encoder attention."
             )
         return found.mean(rows)
