@@ -198,8 +198,9 @@ class MarkedAdapter(Adapter):
         if bool((found.token[place < self.leading_tokens] != UNUSED).any()):
             raise ValueError(
                 f"The vision tower of {type(self.model).__name__} has {self.leading_tokens} tokens that are no "
-                "patches, but not before the patches, so that [CLS] cannot be told: it needs an adapter that says where they "
-                "are (leading_tokens, docs/adding-a-family.md), or use a reducer that needs no encoder attention."
+                "patches, but not before the patches, so that [CLS] cannot be told: it needs an adapter that says "
+                "where they are (leading_tokens, docs/adding-a-family.md), or use a reducer that needs no encoder "
+                "attention."
             )
         return found.mean(rows)
 
