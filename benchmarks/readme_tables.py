@@ -13,10 +13,11 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
 - ``mini_llava``: what the first embedded model can do (``benchmarks/mini_llava.py``);
 - ``embedded``: what the others can do (``benchmarks/mini_models.py``);
 - ``again``: weights of a second training beside the shipped ones;
-- ``speed/NAME``: the section "Speed", one benchmark each (``speed_tables.py``);
+- ``speed/NAME``: docs/speed.md, one benchmark each (``speed_tables.py``);
 - ``minis/NAME``: ``benchmarks/results/minis.json``, all embedded models (``minis_tables.py``);
 - ``NAME``: ``benchmarks/results/NAME.json``, a ``results.json`` of ``vtoken compare``;
 - ``NAME/kinds``, ``NAME/note``: the same file, accuracy by kind of question, and how it was made;
+- ``NAME/short``: the same file, unpruned and the lowest keep ratio but one;
 - ``NAME/ranking``: the same file, the reducers at each keep ratio from best to worst, and which lose to chance.
 
     python benchmarks/readme_tables.py            rewrite the files
@@ -47,7 +48,7 @@ from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w./-]+) -->\n?).*?(<!-- /table -->)", re.S)
-FILES = ("README.md", "docs/architecture.md", "docs/families.md", "docs/findings.md", "docs/embedded-models.md")
+FILES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 NO_TEST = "\N{EN DASH}"
 LEGEND = (
     f"✓ tests pass, {NO_TEST} no test, refused: a test finds the sentence that refuses it. Tiny models with random "
@@ -180,6 +181,11 @@ def comparison(rows: Sequence[Row]) -> str:
     return markdown(list(columns), [[column(row).strip() for column in columns.values()] for row in rows])
 
 
+def short(rows: Sequence[Row]) -> str:
+    """The unpruned model, and every reducer at a tenth of the tokens."""
+    return comparison([row for row in rows if row.keep in (None, 0.1)])
+
+
 def ranking(rows: Sequence[Row]) -> str:
     """One table for each keep ratio, then one for what has no budget; the best comes first."""
     columns = ["", "reducer", "accuracy %", "vs random", "", "evidence", "tokens, mean over layers"]
@@ -237,7 +243,7 @@ def table(name: str, results: Path) -> str:
     path = results / f"{file}.json"
     if file == "minis" and path.is_file():
         return minis(part, json.loads(path.read_text()))
-    if part not in ("", "kinds", "note", "ranking", "tried") or not path.is_file():
+    if part not in ("", "kinds", "note", "ranking", "short", "tried") or not path.is_file():
         raise SystemExit(f"A file asks for table:{name}, but there is no {path} for it.")
     data = json.loads(path.read_text())
     if file == "families":
@@ -249,7 +255,7 @@ def table(name: str, results: Path) -> str:
     if part == "note":
         return note(data)
     rows = corrected([row_from(row) for row in data["rows"]])
-    return {"kinds": kinds, "ranking": ranking, "": comparison}[part](rows)
+    return {"kinds": kinds, "ranking": ranking, "short": short, "": comparison}[part](rows)
 
 
 def fill(text: str, results: Path) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU measurements behind README's section "Speed", one process after the other: about an hour on two cores.
+"""The CPU measurements behind docs/speed.md, one process after the other: about an hour on two cores.
 
 A script that fails does not stop the others, and what is written stays; the exit code is 1 then. Further arguments go
 to every script.

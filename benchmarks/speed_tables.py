@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of README's section "Speed", each from the committed JSON of one benchmark.
+"""The tables of docs/speed.md, each from the committed JSON of one benchmark.
 
 A target stands beside what was measured, met or missed. What was not measured yet says so.
 """
