@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 IMAGE, VIDEO = 1, 2
 MODALITIES = {"image": IMAGE, "video": VIDEO}
 BETWEEN, KEPT_POSITIONS, HIDING, READING = "between layers", "positions='keep'", "backend='mask'", "decoder attention"
+SHORTENING = "vtoken.shorten"
 """Halves of the work that a family may be unable to do, see `Adapter.limits`."""
 
 
@@ -49,7 +50,7 @@ class Adapter:
     kind_names: ClassVar[Mapping[str, str]] = {}
     """Kinds of decoder layers by the name that the config has for them, where that is not transformers' usual one."""
     limits: ClassVar[Mapping[str, str]] = {}
-    """What is not served, `BETWEEN`, `KEPT_POSITIONS`, `HIDING` or `READING`, and why: a clause for a sentence."""
+    """What is not served, `BETWEEN`, `KEPT_POSITIONS`, `HIDING`, `READING` or `SHORTENING`, and why, as a clause."""
     outer_takes: ClassVar[tuple[str, ...]] = ("attention_mask", CACHE)
     """Arguments that the outer module must take, as the engine reads or replaces them."""
     attention_norm: ClassVar[str] = "input_layernorm"

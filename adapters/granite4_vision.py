@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from vtoken.adapters.base import SHORTENING
 from vtoken.adapters.generic import GenericAdapter
 from vtoken.adapters.qwen3_vl import cut_rows
 
@@ -27,6 +28,7 @@ class Granite4VisionAdapter(GenericAdapter):
 
     model_types = ("granite4_vision",)
     answers = frozenset({"deepstack"})
+    limits: ClassVar[Mapping[str, str]] = {SHORTENING: "adds its visual features between decoder layers"}
 
     def read_block(self, layer: int | float) -> int:
         raise ValueError(

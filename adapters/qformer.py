@@ -8,12 +8,12 @@ that could be read of the tower or said of a token's place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from vtoken.adapters.base import VIDEO, single_view, squarest_grid
+from vtoken.adapters.base import SHORTENING, VIDEO, single_view, squarest_grid
 from vtoken.adapters.generic import GenericAdapter
 from vtoken.engine.tower import VisionRecord
 from vtoken.ops.ragged import run_lengths
@@ -28,6 +28,7 @@ class QFormerAdapter(GenericAdapter):
     model_types = ("blip-2", "instructblip", "instructblipvideo")
     answers = frozenset({"generate"})
 
+    limits: ClassVar[Mapping[str, str]] = {SHORTENING: "takes pixels beside a prompt, and no features in their place"}
     outer_takes = ("attention_mask",)  # generate() hands the cache to the language model only
 
     def __init__(self, model: nn.Module) -> None:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.adapters import Adapter, adapter_for
-from vtoken.adapters.base import MODALITIES
+from vtoken.adapters.base import MODALITIES, SHORTENING
 from vtoken.compat import takes_encoded
 from vtoken.context import Cut
 from vtoken.engine.encode import encode, real_tokens
 from vtoken.engine.group import Group
+from vtoken.engine.masks import exceeded_window
 from vtoken.engine.prompt import Prompt, place
 from vtoken.engine.tower import VisionReader, VisionRecord, feature_list
 from vtoken.engine.work import Work
@@ -61,10 +62,15 @@ def shorten(
     ValueError
         If the model is wrapped, or the reducer acts inside of the language model.
     NotImplementedError
-        If the model does not accept encoded pictures.
+        If the model does not accept encoded pictures, or the prompt exceeds its sliding window.
     """
     adapter, built = adapter_for(model), get_reducer(reducer, **params)
     _check(model, adapter, built)
+    if (window := exceeded_window(adapter, 0, inputs["input_ids"].shape[1])) is not None and not adapter.recounts:
+        raise NotImplementedError(
+            f"The prompt exceeds {window}, which the stock model would count over the kept tokens: use vtoken.wrap, "
+            "which knows the original distances."
+        )
     work = Work.of(adapter, built, "drop")
     reads = () if work.idle else built.encoder_reads()
     reader = VisionReader(adapter, reads, not work.idle and built.needs_projector, built.cutter, built.resampler)
@@ -107,6 +113,10 @@ def _choose(
 def _check(model: nn.Module, adapter: Adapter, reducer: Reducer) -> None:
     if session_of(model) is not None:
         raise ValueError("The model is wrapped, its prompts are shortened already: call vtoken.unwrap(model) first.")
+    if (why := adapter.limits.get(SHORTENING)) is not None:
+        raise NotImplementedError(
+            f"{type(model).__name__} {why}, so that its prompts cannot be shortened: use vtoken.wrap."
+        )
     depth = len(adapter.layers)
     if reducer.layers(depth) or reducer.taps(depth) or reducer.light_layers(depth):
         raise ValueError(
@@ -130,7 +140,8 @@ def _cut_features(output: Any, rows: Tensor, keep: Tensor) -> None:
         counts = keep.split([part.flatten(0, -2).shape[0] for part in old])
         return list(rows.split([int(part.sum()) for part in counts]))
 
-    output.pooler_output = same_kind(output.pooler_output, rows[keep])
+    name = "last_hidden_state" if output.pooler_output is None else "pooler_output"  # Fuyu has no pooler
+    setattr(output, name, same_kind(getattr(output, name), rows[keep]))
     if (deepstack := getattr(output, "deepstack_features", None)) is not None:
         output.deepstack_features = [same_kind(layer, torch.cat(feature_list(layer))[keep]) for layer in deepstack]
 

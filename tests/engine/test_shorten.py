@@ -6,7 +6,9 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import zoo
 from oracles import PLANS, TOLERANCE, generate
+from transformers import CONFIG_MAPPING
 
 import vtoken
 
@@ -44,6 +46,45 @@ def test_merged_features(family):
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
 def test_shorter_clips(family):
     compare(family, PLANS["before"], video=True)
+
+
+SENTENCES = {
+    **dict.fromkeys(zoo.PICTURED, "takes pixels beside a prompt"),
+    "granite4_vision": "adds its visual features between decoder layers",
+    "minimax_m3_vl": "finds them by position ids, which must have no gaps",
+}
+"""Why a type's prompts cannot be shortened, beside windows."""
+
+
+@pytest.mark.parametrize("family", [family for family in zoo.BUILDERS if family in CONFIG_MAPPING])
+def test_types_by_convention(family):
+    """The stock model on the short prompt gives what the wrapped one gives, or a sentence says why it would not."""
+    case = zoo.make(family, (2,))
+    config = case.model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    wanted = SENTENCES.get(family)
+    slides = any("ing" in kind or "chunk" in kind for kind in getattr(config, "layer_types", None) or ())
+    if wanted is None and any(windows) and slides and not family.startswith("inkling"):  # it counts rows by itself
+        wanted = "use vtoken.wrap, which knows the original distances"
+    if wanted is not None:
+        with pytest.raises(NotImplementedError, match=wanted):
+            vtoken.shorten(case.model, case.inputs, "random", keep=0.5)
+        return
+    with vtoken.reduce(case.model, "random", keep=0.5, **zoo.positions(family)), torch.no_grad():
+        whole = case.model(**case.inputs).logits[:, -1]
+    short = vtoken.shorten(case.model, case.inputs, "random", keep=0.5)
+    assert short["input_ids"].shape[1] < case.inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        torch.testing.assert_close(case.model(**short).logits[:, -1], whole, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", tiny.SLIDING)
+def test_a_prompt_beyond_the_window_is_refused(family):
+    """The stock model would count the window over what is left, and answer something else without a word."""
+    model, inputs = tiny.make(family, (1, 2))
+    assert inputs["input_ids"].shape[1] > model.config.get_text_config().sliding_window
+    with pytest.raises(NotImplementedError, match=r"exceeds a sliding window of .* tokens.*use vtoken.wrap"):
+        vtoken.shorten(model, inputs, "random", keep=0.5)
 
 
 def test_refusals():
