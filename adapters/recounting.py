@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vtoken.adapters.base import BETWEEN, HIDING, KEPT_POSITIONS, READING, SHORTENING
+from vtoken.adapters.base import BETWEEN, HIDING, KEPT_POSITIONS, READING
 from vtoken.adapters.generic import GenericAdapter
 from vtoken.engine.cache import pruned_of
 
@@ -52,7 +52,6 @@ class MiniMaxM3Adapter(GenericAdapter):
     limits: ClassVar[Mapping[str, str]] = {
         BETWEEN: f"{BLOCKS}, and finds them by position ids in which a cut between layers would leave gaps",
         KEPT_POSITIONS: f"{BLOCKS}, and finds them by position ids, which must have no gaps",
-        SHORTENING: f"{BLOCKS}, and finds them by position ids, which must have no gaps",
         HIDING: BLOCKS,
         READING: "attends to chosen blocks under the backends that it knows by name only",
     }

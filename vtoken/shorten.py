@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.adapters import Adapter, adapter_for
-from vtoken.adapters.base import MODALITIES, SHORTENING
+from vtoken.adapters.base import KEPT_POSITIONS, MODALITIES, SHORTENING
 from vtoken.compat import takes_encoded
 from vtoken.context import Cut
 from vtoken.engine.encode import encode, real_tokens
@@ -66,7 +66,7 @@ def shorten(
     """
     adapter, built = adapter_for(model), get_reducer(reducer, **params)
     _check(model, adapter, built)
-    if (window := exceeded_window(adapter, 0, inputs["input_ids"].shape[1])) is not None and not adapter.recounts:
+    if (window := exceeded_window(adapter, 0, inputs["input_ids"].shape[1])) is not None:
         raise NotImplementedError(
             f"The prompt exceeds {window}, which the stock model would count over the kept tokens: use vtoken.wrap, "
             "which knows the original distances."
@@ -113,7 +113,8 @@ def _choose(
 def _check(model: nn.Module, adapter: Adapter, reducer: Reducer) -> None:
     if session_of(model) is not None:
         raise ValueError("The model is wrapped, its prompts are shortened already: call vtoken.unwrap(model) first.")
-    if (why := adapter.limits.get(SHORTENING)) is not None:
+    why = adapter.limits.get(SHORTENING, adapter.limits.get(KEPT_POSITIONS))  # the original ones are handed over
+    if why is not None:
         raise NotImplementedError(
             f"{type(model).__name__} {why}, so that its prompts cannot be shortened: use vtoken.wrap."
         )

