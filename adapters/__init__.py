@@ -80,5 +80,5 @@ def adapter_for(model: Any) -> Adapter:
     for adapter in FOREIGN:
         if adapter.serves(model):
             return adapter(model)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type: Any = getattr(getattr(model, "config", None), "model_type", None)
     return families().get(model_type, GenericAdapter)(model)

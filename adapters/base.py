@@ -44,7 +44,7 @@ class Adapter:
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """``config.model_type`` values the family serves."""
-    pixel_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+    pixel_keys: tuple[str, ...] = ("pixel_values", "pixel_values_videos", "pixel_values_images")
     recounts: ClassVar[bool] = False
     """Whether windows and distances are counted over the tokens that are left, as in a shorter prompt."""
     kind_names: ClassVar[Mapping[str, str]] = {}
@@ -334,6 +334,11 @@ class Adapter:
         std : tuple of float or None
             ``image_std`` of the processor; that of the family's released ones if None.
         """
+        raise NotImplementedError
+
+    @property
+    def merge(self) -> int:
+        """Patches per token and axis, of a tower with a sequence of all pictures."""
         raise NotImplementedError
 
     def tower_order(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -308,7 +308,7 @@ class GenericAdapter(MarkedAdapter):
         """Grids as the call names them (time, height, width, or pixels), else the most square ones."""
         grids, sizes = _grids(call), call.get("image_sizes")
         if grids is not None and len(grids) == len(lengths):
-            return [_layout(*grid, length) for grid, length in zip(grids.tolist(), lengths, strict=True)]
+            return [_layout(*map(int, grid), length=length) for grid, length in zip(grids, lengths, strict=True)]
         if isinstance(sizes, Tensor) and sizes.shape == (len(lengths), 2):
             return [_of_size(*size, length) for size, length in zip(sizes.tolist(), lengths, strict=True)]
         return [single_view(*squarest_grid(max(length, 1))) for length in lengths]
@@ -331,7 +331,7 @@ def check_kind(model: nn.Module) -> None:
             f"{name} is an encoder-decoder model: its visual tokens are in the encoder, and the decoder that generates "
             "holds none that could be dropped."
         )
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     if any("crossatt" in (key + type(part).__name__).lower().replace("_", "") for key, part in decoder.named_modules()):
         raise TypeError(
             f"{name} reads what stands beside the text by cross attention: its decoder holds no visual tokens that "
@@ -453,7 +453,7 @@ def own_generate(model: Any, language: Any) -> bool:
     method = getattr(type(model), "generate", None)
     if method is None or method is GenerationMixin.generate:
         return False
-    inner = [part for part in model.modules() if part is not model and isinstance(part, GenerationMixin)]
+    inner: list[Any] = [part for part in model.modules() if part is not model and isinstance(part, GenerationMixin)]
     return any(language in part.modules() for part in inner)
 
 

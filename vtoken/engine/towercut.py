@@ -113,11 +113,10 @@ class TowerCut:
             picked = self.reducer.in_tower(TowerContext({k: v[:, members].mean(-1) for k, v in self._found.items()}))
         self._found = {}
         chosen = members[picked].flatten(1).sort(1).values
-        leading = torch.arange(self.first, device=hidden.device).expand(len(hidden), -1)
-        rows = torch.cat([leading, chosen + self.first], 1)
-        leading = len(hidden) * self.first
+        first = torch.arange(self.first, device=hidden.device).expand(len(hidden), -1)
+        rows = torch.cat([first, chosen + self.first], 1)
         before, after = self.patches
-        self.patches = (before + hidden.shape[:2].numel() - leading, after + rows.numel() - leading)
+        self.patches = (before + hidden.shape[:2].numel() - first.numel(), after + rows.numel() - first.numel())
         self.kept.append(torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device).scatter_(1, rows, True))
         return rows
 
