@@ -308,7 +308,7 @@ class GenericAdapter(MarkedAdapter):
         """Grids as the call names them (time, height, width, or pixels), else the most square ones."""
         grids, sizes = _grids(call), call.get("image_sizes")
         if grids is not None and len(grids) == len(lengths):
-            return [_layout(*map(int, grid), length=length) for grid, length in zip(grids, lengths, strict=True)]
+            return [_layout(t, h, w, length) for (t, h, w), length in zip(grids.tolist(), lengths, strict=True)]
         if isinstance(sizes, Tensor) and sizes.shape == (len(lengths), 2):
             return [_of_size(*size, length) for size, length in zip(sizes.tolist(), lengths, strict=True)]
         return [single_view(*squarest_grid(max(length, 1))) for length in lengths]
