@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtoken import compat
 from vtoken.adapters.generic import GenericAdapter
 from vtoken.engine.cache import is_static, pruned_of
 
@@ -39,7 +40,7 @@ def _refusing(original: Callable) -> Callable:
     block: Any = original.__self__  # type: ignore[attr-defined]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = compat.ours(kwargs).get(compat.CACHE)
         pruned = pruned_of(cache, block.layer_idx) is not None and is_static(cache)
         if pruned and cache.layers[block.layer_idx].max_cache_len >= block.floor_scale:
             raise NotImplementedError(

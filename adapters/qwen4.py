@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtoken import compat
 from vtoken.adapters.generic import GenericAdapter
 from vtoken.ops.ragged import gather
 
@@ -61,7 +62,7 @@ class _Positions:
             layer = original.__self__.layer_idx  # type: ignore[attr-defined]
 
             def forward(hidden: Tensor, tables: Any, *args: Any, **kwargs: Any) -> Any:
-                cache: Any = kwargs.get("past_key_values")
+                cache: Any = compat.ours(kwargs).get(compat.CACHE)
                 if cache is None:
                     return original(hidden, tables, *args, **kwargs)
                 left, held, new = self.hooks.rows(), cache.layers[layer], self.new

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vtoken import compat
 from vtoken.adapters.base import BETWEEN, HIDING, KEPT_POSITIONS, READING
 from vtoken.adapters.generic import GenericAdapter
 from vtoken.engine.cache import pruned_of
@@ -83,11 +84,12 @@ def _counting_rows(layer: int) -> Callable[[Callable], Callable]:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = {**dict(zip(names, args, strict=False)), **kwargs}
-            cache = call.get("past_key_values")
+            call = compat.ours(call)
+            cache = call.get(compat.CACHE)
             pruned = None if cache is None else pruned_of(cache, layer)
             if pruned is not None and pruned.buffer is None:  # static layers count what they store
-                call["past_key_values"] = _Stored(cache, layer)
-            return original(**call)
+                call[compat.CACHE] = _Stored(cache, layer)
+            return original(**compat.in_words_of(original, call))
 
         return forward
 

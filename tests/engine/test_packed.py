@@ -158,6 +158,8 @@ def test_flash_attention_on_a_packed_row(monkeypatch, family, name, variant):
     model = tiny.make(family, (1,))[0]
     flash.install(monkeypatch, model)
     if name is None:
+        if family == "llava" and variant == "lengths" and tiny.VERSION >= (5, 24):
+            pytest.skip("the unwrapped model hands the text's lengths on to its tower, since transformers 5.24")
         check_stock(model, family, "text between", variant)
         return
     with reduced(model, name):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vtoken
+from vtoken.ops import cosines
 from vtoken.reducers import apet, mmtok, prunesid
 from vtoken.reducers.v2drop import BEFORE
 
@@ -44,9 +45,9 @@ def naive_cover(x: Tensor, tower: Tensor, text: Tensor, k: int) -> list[int]:
     return picks
 
 
-@pytest.mark.parametrize("dense", [mmtok.DENSE, 0])
+@pytest.mark.parametrize("dense", [cosines.DENSE, 0])
 def test_mmtok_is_the_plain_greedy_on_ragged_rows_with_and_without_a_square_table(monkeypatch, dense):
-    monkeypatch.setattr(mmtok, "DENSE", dense)
+    monkeypatch.setattr(cosines, "DENSE", dense)
     (x, valid), (tower, _) = ragged(1), ragged(2, 9)
     text = random(3, 3, 6, 12)
     real = torch.arange(6) >= torch.tensor([[0], [2], [5]])

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 CHUNKED = "chunked_attention"
+LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Arguments that say where the documents of a packed row begin."""
 WINDOWS = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}
 """Kinds of layers that see a part of the sequence only, and the name under which a config says how long that is."""
 

@@ -86,6 +86,8 @@ class Opening:
                     return original(*args, **kwargs)
                 if reader.thread is not None:
                     raise RuntimeError(TWO_THREADS)
+                if not session.work.idle:  # LLaVA of transformers 5.24 hands the text's lengths on to its tower
+                    kwargs = {name: value for name, value in kwargs.items() if name not in masks.LENGTHS}
                 output, record = reader(original, modality, *args, **kwargs)
                 forward, generation = session.forward, self.generations.now
                 if forward is not None and forward.thread == threading.get_ident() and forward.kinds is not None:

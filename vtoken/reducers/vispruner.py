@@ -133,7 +133,7 @@ class _Neighbours:
         self.cosines = cosines
         rows, tokens = order.shape[0], cosines.shape[1]
         few = min(NEAREST, order.shape[1])
-        outside = torch.full(cosines.shape, float("-inf"), device=order.device)
+        outside = torch.full(cosines.shape, float("-inf"), dtype=torch.float32, device=order.device)
         outside.masked_fill_(index_mask(order, tokens), 0.0)
         self.value = outside.new_full((rows, tokens, few), float("-inf"))
         self.index = order.new_zeros(rows, tokens, few)
