@@ -92,7 +92,8 @@ def types(found: dict, families: dict) -> str:
         name: "by convention" if adapter is GenericAdapter else f"`{adapter.__module__.rpartition('.')[2]}.py`"
         for name, adapter in known_families().items()
     }
-    columns, tested = test_columns(), from_families(families) | found["types"]
+    columns, tested = test_columns(), from_families(families)
+    tested = {name: tested.get(name, {}) | found["types"].get(name, {}) for name in {*tested, *found["types"]}}
     rows = []
     for name in sorted(adapters | found["refused"]):
         outcomes = tested.get(name, {})
