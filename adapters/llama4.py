@@ -40,7 +40,7 @@ def _refusing(original: Callable) -> Callable:
     block: Any = original.__self__  # type: ignore[attr-defined]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        cache: Any = compat.ours(kwargs).get(compat.CACHE)
+        cache: Any = compat.given_cache(kwargs)
         pruned = pruned_of(cache, block.layer_idx) is not None and is_static(cache)
         if pruned and cache.layers[block.layer_idx].max_cache_len >= block.floor_scale:
             raise NotImplementedError(

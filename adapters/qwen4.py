@@ -62,7 +62,7 @@ class _Positions:
             layer = original.__self__.layer_idx  # type: ignore[attr-defined]
 
             def forward(hidden: Tensor, tables: Any, *args: Any, **kwargs: Any) -> Any:
-                cache: Any = compat.ours(kwargs).get(compat.CACHE)
+                cache: Any = compat.given_cache(kwargs)
                 if cache is None:
                     return original(hidden, tables, *args, **kwargs)
                 left, held, new = self.hooks.rows(), cache.layers[layer], self.new

@@ -92,6 +92,11 @@ def call_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     return ours({**bound, **bound.get("kwargs", {})})
 
 
+def given_cache(kwargs: dict[str, Any]) -> Any:
+    """The cache among arguments of a call, under either name; None if there is none."""
+    return kwargs.get(NEW_CACHE, kwargs.get(CACHE))
+
+
 def cache_of(output: Any) -> Any:
     """The cache in the output of a model or of ``generate``."""
     return getattr(output, NEW_CACHE if hasattr(output, NEW_CACHE) else CACHE)
@@ -174,6 +179,19 @@ def vision_window_index(tower: Any, grids: Tensor) -> Tensor:
 def clip_pixels(call: dict[str, Any]) -> Tensor:
     """Pixels (clips, frames, ...) among the arguments of ``get_video_features``, whose name differs in old versions."""
     return call["pixel_values_videos"] if "pixel_values_videos" in call else call["pixel_values"]
+
+
+def chat_inputs(processor: Any, conversations: Iterable[Any], **packing: Any) -> Any:
+    """What a processor makes of conversations that an answer is to follow; ``packing`` are arguments of its call."""
+    # they were plain ones in earlier versions
+    named = "processor_kwargs" in inspect.signature(processor.apply_chat_template).parameters
+    return processor.apply_chat_template(
+        list(conversations),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **({"processor_kwargs": packing} if named else packing),
+    )
 
 
 def takes_encoded(outer: nn.Module) -> bool:

@@ -9,12 +9,12 @@ Which wrapper does what is written down from lmms-eval 0.7.3 and tested against 
 from __future__ import annotations
 
 import base64
-import inspect
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vtoken.compat import chat_inputs
 from vtoken.eval.errors import EvalError, MissingExtraError, unknown
 from vtoken.eval.model.generation import DEFAULT_MAX_NEW_TOKENS
 
@@ -51,16 +51,7 @@ class Preprocessing:
 
     def encode(self, processor: Any, conversations: Sequence[Conversation]) -> Any:
         """Model inputs of a left-padded batch, on the CPU."""
-        packing = {"padding": True, "return_tensors": "pt"}
-        # arguments of the processor's call were plain ones in earlier versions of transformers
-        named = "processor_kwargs" in inspect.signature(processor.apply_chat_template).parameters
-        return processor.apply_chat_template(
-            list(conversations),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **({"processor_kwargs": packing} if named else packing),
-        )
+        return chat_inputs(processor, conversations, padding=True, return_tensors="pt")
 
 
 @dataclass(frozen=True)

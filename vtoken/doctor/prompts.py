@@ -19,8 +19,9 @@ from torch.nn.functional import pad
 
 from vtoken.adapters.base import Adapter
 from vtoken.adapters.synthetic import synthetic_inputs
+from vtoken.compat import chat_inputs
 from vtoken.doctor.pictures import Box, painted, picture
-from vtoken.doctor.runs import Inputs
+from vtoken.doctor.runs import Inputs, weight_of
 from vtoken.engine.encode import PIXELS
 
 SIZES = ((448, 448), (320, 480))
@@ -192,12 +193,7 @@ def _encode(processor: Any, shown: Sequence[Any], questions: Sequence[str]) -> I
                 for one, question in zip(shown, questions, strict=True)
             ]
             chats = [[{"role": "user", "content": content}] for content in contents]
-            options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
-            # arguments of the processor's call were plain ones in earlier versions of transformers
-            named = "processor_kwargs" in inspect.signature(processor.apply_chat_template).parameters
-            packing = {**padding, "return_tensors": "pt"}
-            packing = {"processor_kwargs": packing} if named else packing
-            return dict(processor.apply_chat_template(chats, **options, **packing))
+            return dict(chat_inputs(processor, chats, **padding, return_tensors="pt"))
         token = getattr(processor, "image_token", None) or "<image>"
         texts = [f"{token}\n{question}" for question in questions]
         return dict(processor(images=[[one] for one in shown], text=texts, return_tensors="pt", **padding))
@@ -210,7 +206,7 @@ def _encode(processor: Any, shown: Sequence[Any], questions: Sequence[str]) -> I
 
 def _placed(inputs: Inputs, model: Any) -> Inputs:
     """On the model's device, pixels in its type; without what its forward does not take."""
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    weight = weight_of(model)
     signature = inspect.signature(model.forward).parameters
     takes_all = any(one.kind is one.VAR_KEYWORD for one in signature.values())
     out = {}

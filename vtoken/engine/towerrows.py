@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vtoken import compat
 from vtoken.ops.neighbours import neighbour_mean
 from vtoken.precision import without_autocast
 
@@ -73,7 +73,7 @@ class RowCut:
         """A hook before a block."""
 
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            self._check(module)
+            compat.check_checkpointing(module, "vision tower")
             if not self._cuts(number, args[0]):
                 return None
             return (self._shortened(args[0]), *args[1:]), self._cut_block(args, kwargs, args[0].shape)
@@ -124,14 +124,6 @@ class RowCut:
             kept[self._computed] = True
             self._memo[key] = {**self.adapter.cut_block(args, kwargs, kept), "_given": kwargs}  # so that ids stay taken
         return {name: value for name, value in self._memo[key].items() if name != "_given"}
-
-    def _check(self, module: nn.Module) -> None:
-        checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
-        if checkpointing and "__call__" in vars(GradientCheckpointingLayer):
-            raise NotImplementedError(
-                "Cutting inside the vision tower under gradient checkpointing needs transformers >= 5.23: "
-                "upgrade, or use a reducer that acts before the language model."
-            )
 
 
 class EntryCut(RowCut):

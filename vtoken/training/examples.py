@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtoken.compat import chat_inputs
 from vtoken.shorten import TYPES
 
 IGNORED = -100
@@ -150,11 +151,10 @@ def collate(processor: Any, examples: Sequence[Example], device: torch.device | 
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"{type(processor).__name__} has no chat template, so that prompts cannot be built: add one.")
     chats = [[{"role": "user", "content": _content(example)}] for example in examples]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     tokenizer, side = processor.tokenizer, processor.tokenizer.padding_side
     tokenizer.padding_side = "left"
     try:
-        prompt = dict(processor.apply_chat_template(chats, **options, processor_kwargs={"padding": True}).to(device))
+        prompt = dict(chat_inputs(processor, chats, padding=True, return_tensors="pt").to(device))
     finally:
         tokenizer.padding_side = side
     ends = [tokenizer(example.answer, add_special_tokens=False)["input_ids"] for example in examples]
