@@ -127,7 +127,7 @@ def _config(spec: ModelSpec, offline: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(where, revision=spec.revision, local_files_only=offline)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise EvalError(f"The model {spec.pretrained!r} cannot be read: {_first_sentence(error)}") from error
+        raise EvalError(f"The model {spec.pretrained!r} cannot be read: {first_sentence(error)}") from error
 
 
 def load_model(spec: ModelSpec) -> tuple[Any, Any]:
@@ -143,7 +143,7 @@ def load_model(spec: ModelSpec) -> tuple[Any, Any]:
     except EvalError:
         raise
     except Exception as error:  # safetensors, tokenizers and torch raise types of their own
-        raise EvalError(f"The model {spec.pretrained!r} cannot be loaded: {_first_sentence(error)}") from error
+        raise EvalError(f"The model {spec.pretrained!r} cannot be loaded: {first_sentence(error)}") from error
     processor.tokenizer.padding_side = "left"
     if spec.device_map is None:
         model.to(spec.target)
@@ -177,6 +177,7 @@ def _checkpoint(spec: ModelSpec) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(spec.pretrained, revision=spec.revision, **habits.processor)
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
+    """What an error of another package says, up to its first full stop."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".") + "."

@@ -18,7 +18,7 @@ from vtoken.adapters import Adapter
 from vtoken.doctor.outcome import Outcome
 from vtoken.doctor.probes import Looks
 from vtoken.doctor.prompts import Prompts
-from vtoken.doctor.runs import Inputs, attention_backend, first_tensor, hooked, language_call, replaced
+from vtoken.doctor.runs import Inputs, attention_backend, first_tensor, hooked, language_call, replaced, weight_of
 from vtoken.engine.cache import stored_length
 from vtoken.ops.ragged import compact
 from vtoken.wrapping import reduce
@@ -192,7 +192,7 @@ def _attention(model: Any, adapter: Adapter, prompts: Prompts, coming: bool) -> 
         return Outcome("skipped", "The model has no eager attention to compare with.")
     if found.shape != wanted.shape:
         return Outcome("failed", f"Layer {layer} has rows of shape {tuple(wanted.shape)}, read {tuple(found.shape)}.")
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    weight = weight_of(model)
     error = float((found - wanted).abs().max() / wanted.max())
     numbers = {"layer": float(layer), "error": error}
     if error > CLOSE.get(weight.dtype, 0.1):

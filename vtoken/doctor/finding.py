@@ -12,6 +12,7 @@ from torch import nn
 from vtoken.adapters import Adapter, adapter_for
 from vtoken.adapters.base import MODALITIES
 from vtoken.doctor.report import Found
+from vtoken.doctor.runs import weight_of
 from vtoken.engine.masks import layer_type
 from vtoken.wrapping import inside, session_of
 
@@ -51,7 +52,7 @@ def adapter_of(model: Any) -> Adapter:
 
 def found_in(model: Any, adapter: Adapter) -> Found:
     """Names and numbers for the report."""
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    weight = weight_of(model)
     kinds = Counter(layer_type(adapter, layer) for layer in range(len(adapter.layers)))
     tower = None if adapter.outer is None else adapter.tower
     return Found(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vtoken import mini
-from vtoken.eval.model.loading import ModelSpec
+from vtoken.eval.model.loading import ModelSpec, first_sentence
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,13 +47,13 @@ def load(name: str, *, random_weights: bool, device: str | None, dtype: str, att
     try:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"The device {target!r} cannot be used: {_sentence(error)}") from None
+        raise ValueError(f"The device {target!r} cannot be used: {first_sentence(error)}") from None
     loaded = _random(name, target, dtype) if random_weights else _checkpoint(name, target, dtype)
     if attn is not None:
         try:
             loaded.model.set_attn_implementation(attn)
         except (ValueError, ImportError) as error:
-            raise ValueError(f"The attention backend {attn!r} cannot be used: {_sentence(error)}") from None
+            raise ValueError(f"The attention backend {attn!r} cannot be used: {first_sentence(error)}") from None
     return loaded
 
 
@@ -86,7 +86,7 @@ def _checkpoint(name: str, device: str, dtype: str) -> Loaded:
     except _NoPicturesError:
         raise
     except Exception as error:  # safetensors, tokenizers and torch raise types of their own
-        raise ValueError(f"The model {name!r} cannot be loaded: {_sentence(error)}") from error
+        raise ValueError(f"The model {name!r} cannot be loaded: {first_sentence(error)}") from error
     if missing := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         what = f"{len(missing)} tensors, such as {missing[0]!r}, are missing"
         raise ValueError(f"The weights of {name!r} are incomplete, {what}: load a complete checkpoint.")
@@ -100,8 +100,3 @@ def _checkpoint(name: str, device: str, dtype: str) -> Loaded:
 
 class _NoPicturesError(ValueError):
     """A model of another kind."""
-
-
-def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(". ")[0].rstrip(".") + "."

@@ -12,7 +12,7 @@ import torch
 
 from vtoken.doctor.prompts import Prompts, join
 from vtoken.doctor.report import Noise
-from vtoken.doctor.runs import attention_backend, gap, logits
+from vtoken.doctor.runs import attention_backend, gap, logits, weight_of
 
 MARGIN = 4.0
 """A fault differs by more than this times the noise."""
@@ -35,7 +35,7 @@ def measure(model: Any, prompts: Prompts) -> Noise:
     if not bool(first.isfinite().any()) or bool(first.isnan().any() or second.isnan().any()):
         raise ValueError(
             f"The unwrapped {type(model).__name__} gives logits that are not finite in "
-            f"{str(_weight(model).dtype).removeprefix('torch.')}: choose another dtype, or check its weights."
+            f"{str(weight_of(model).dtype).removeprefix('torch.')}: choose another dtype, or check its weights."
         )
     order = alone = 0.0
     if prompts.batched:
@@ -45,7 +45,7 @@ def measure(model: Any, prompts: Prompts) -> Noise:
     scale = float(first[first.isfinite()].abs().max())
     backend = _other_backend(model, prompts, first)
     repeated = gap(first, again)
-    floor = ROUNDINGS.get(_weight(model).dtype, 1.0) * torch.finfo(_weight(model).dtype).eps * scale
+    floor = ROUNDINGS.get(weight_of(model).dtype, 1.0) * torch.finfo(weight_of(model).dtype).eps * scale
     matters = alone > max(NOT_ROUNDING * scale, MARGIN * max(order, backend or 0.0, floor))
     noises = [repeated, order, backend or 0.0, 0.0 if matters else alone]
     return Noise(
@@ -68,10 +68,6 @@ def _order(model: Any, prompts: Prompts, batch: torch.Tensor) -> float:
     except Exception:  # only the processor of some models can make a batch
         return 0.0
     return gap(batch, swapped.flip(0))
-
-
-def _weight(model: Any) -> torch.Tensor:
-    return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def _other_backend(model: Any, prompts: Prompts, wanted: torch.Tensor) -> float | None:

@@ -33,6 +33,11 @@ def logits(model: Any, inputs: Mapping[str, Any], rows: int = TAIL, *, compute_a
     return model(**inputs, **options).logits[:, -rows:].float().cpu()
 
 
+def weight_of(model: Any) -> Tensor:
+    """A parameter that tells the model's type and device; quantised ones do not."""
+    return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+
+
 def _bare(model: Any) -> Any:
     """The model inside of a PEFT wrapper, whose forward names its arguments."""
     return model.get_base_model() if hasattr(model, "peft_config") else model

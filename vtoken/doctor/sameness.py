@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -103,10 +104,8 @@ class Sameness:
         return min((size for size in sizes if size), default=0)
 
     def _compared(self, dropped: Tensor, wanted: Tensor, what: str) -> Outcome:
-        whole = logits(self.model, self.prompts.first)[:, -dropped.shape[1] :]
-        tolerance = self.noise.tolerance
-        worst, moved = gap(dropped, wanted), gap(dropped, whole)
-        share = self._share_that_matters()
+        tolerance, share = self.noise.tolerance, self._share_that_matters
+        worst, moved = gap(dropped, wanted), gap(dropped, self._whole[:, -dropped.shape[1] :])
         numbers = {"difference": worst, "moved": moved, "tolerance": tolerance, "share": share}
         effect = f"dropping moves the logits by {moved:.3g}, and {share:.0%} of {SINGLE} single tokens do"
         if worst > tolerance:
@@ -115,18 +114,21 @@ class Sameness:
             return Outcome("unproven", f"Equal to {what}, which shows nothing here: {effect}.", numbers)
         return Outcome("passed", f"Equal to {what} within {worst:.2g}; {effect}.", numbers)
 
+    @functools.cached_property
+    def _whole(self) -> Tensor:
+        """Logits of the first prompt, of which nothing is dropped."""
+        return logits(self.model, self.prompts.first)
+
+    @functools.cached_property
     def _share_that_matters(self) -> float:
         """Of some single tokens, how many move the logits beyond rounding when they alone are dropped."""
-        if not hasattr(self, "_share"):
-            count = int((self.adapter.modality_in(self.prompts.first) > 0).sum())
-            tokens = torch.linspace(0, count - 1, min(SINGLE, count)).long().unique().tolist()
-            whole = logits(self.model, self.prompts.first)
-            moved = 0
-            for token in tokens:
-                with reduce(self.model, Without(token=token)):
-                    moved += gap(logits(self.model, self.prompts.first), whole) > self.noise.tolerance
-            self._share = moved / max(len(tokens), 1)
-        return self._share
+        count = int((self.adapter.modality_in(self.prompts.first) > 0).sum())
+        tokens = torch.linspace(0, count - 1, min(SINGLE, count)).long().unique().tolist()
+        moved = 0
+        for token in tokens:
+            with reduce(self.model, Without(token=token)):
+                moved += gap(logits(self.model, self.prompts.first), self._whole) > self.noise.tolerance
+        return moved / max(len(tokens), 1)
 
     # ------------------------------------------------------------------ batches and caches
     def batch(self) -> Outcome:
