@@ -121,9 +121,8 @@ class Prompt:
             )
 
     @torch.no_grad()
-    def run(self) -> str | None:
-        """The model's answer; of the pictures alone nothing but a prefill is wanted."""
-        count = self.max_new_tokens if self.asked else 1
+    def run(self, count: int) -> str | None:
+        """The model's answer in up to ``count`` tokens; None where nothing was asked."""
         tokenizer = self.processor.tokenizer
         out = self.model.generate(
             **self.inputs, max_new_tokens=count, do_sample=False, pad_token_id=tokenizer.pad_token_id
@@ -135,8 +134,8 @@ class Prompt:
         """Run a reducer and draw what it did; the reason where it can't work here."""
         try:
             with vtoken.reduce(self.model, reducer):
-                self.run()
-                answer, stats = self.run(), vtoken.stats(self.model)
+                self.run(1)  # warms up
+                answer, stats = self.run(self.max_new_tokens if self.asked else 1), vtoken.stats(self.model)
                 sizes = [size_of(visual) for visual in self.visuals]
                 tokens = vtoken.token_map(self.model, self.inputs, sizes)
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -168,7 +167,6 @@ def gallery(
         If the model made no visual tokens of the pictures.
     """
     chosen = [(reducer, [_built(reducer, keep) for keep in keeps]) for reducer in reducers]
-    answer = prompt.run()
     whole = prompt.show(vtoken.get_reducer("random", keep=1.0))
     if whole.picture is None:
         raise EvalError(f"Model {name!r} cannot be looked into: {whole.why}")
@@ -179,7 +177,7 @@ def gallery(
             cells.append(prompt.show(variant))
             done()
         rows.append((reducer, cells))
-    return Gallery(name, question, whole.picture, whole.tokens, answer, keeps, rows)
+    return Gallery(name, question, whole.picture, whole.tokens, whole.answer, keeps, rows)
 
 
 def _built(reducer: str, keep: float) -> Reducer:
