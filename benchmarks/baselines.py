@@ -85,7 +85,10 @@ def sads(features: Tensor, weights: Tensor, k: int) -> Tensor:
 
 def dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
     """Greedy determinant maximisation with Cholesky rows (arXiv 2506.10967; the update is that of arXiv 1709.05135)."""
-    kernel = relevance[:, None] * cosines(features) * relevance
+    return _largest_determinant(relevance[:, None] * cosines(features) * relevance, k)
+
+
+def _largest_determinant(kernel: Tensor, k: int) -> Tensor:
     variance = kernel.diagonal().clone()
     rows = kernel.new_zeros(k, len(kernel))
     picks: list[int] = []
@@ -117,16 +120,7 @@ def log_det(features: Tensor, k: int, gamma: float = 0.01) -> Tensor:
     gram = x @ x.T
     kernel = gamma * gram @ gram.T
     kernel.diagonal().add_(1)
-    variance = kernel.diagonal().clone()
-    rows = kernel.new_zeros(k, len(kernel))
-    picks: list[int] = []
-    for step in range(k):
-        picks.append(int(variance.argmax()))
-        best = picks[-1]
-        rows[step] = (kernel[best] - rows[:step, best] @ rows[:step]) / variance[best].sqrt()
-        variance = variance - rows[step].square()
-        variance[picks] = float("-inf")
-    return torch.tensor(picks)
+    return _largest_determinant(kernel, k)
 
 
 BASELINES: dict[str, Callable[..., Tensor]] = {

@@ -60,6 +60,11 @@ def unit_vectors(features: Tensor, valid: Tensor, what: str = "features") -> Ten
     return functional.normalize(finite(features, valid, what), dim=-1, eps=EPS)
 
 
+def first_picks(picked: Tensor, count: Tensor) -> Tensor:
+    """The first ``count`` (B,) picks of each row of (B, K), -1 behind them."""
+    return torch.where(torch.arange(picked.shape[1], device=picked.device) < count[:, None], picked, -1)
+
+
 def index_mask(index: Tensor, length: int) -> Tensor:
     """(B, length) bool: the entries that ``index`` (B, K) names, -1 ignored."""
     out = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)

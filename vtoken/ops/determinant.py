@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vtoken.ops.common import counts, finite, mask_of
+from vtoken.ops.common import counts, finite, first_picks, mask_of
 from vtoken.ops.cosines import CHUNK, Cosines
 from vtoken.ops.loop import one_thread, row_by_row
 from vtoken.ops.ragged import gather
@@ -124,7 +124,7 @@ def _pick(
         fresh = variance > floor.gather(1, best)
         rows[:, step] = torch.where(fresh, new / variance.clamp(min=1e-30).sqrt(), 0.0)
         left = left - rows[:, step].square()
-    return torch.where(torch.arange(picked.shape[1], device=k.device) < k[:, None], picked, -1)
+    return first_picks(picked, k)
 
 
 class _Kernel:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vtoken.ops import triton_greedy
+from vtoken.ops.common import first_picks
 from vtoken.ops.cosines import Cosines
 
 SMALL = 1 << 23
@@ -88,7 +89,7 @@ def pick_each(
                 picked[:, 1:] = triton_greedy.serve(cosines.table, offset, slope, state, closed == 0, most, add)
                 break
             scores = offset - slope * state
-    return torch.where(torch.arange(picked.shape[1], device=k.device) < k[:, None], picked, -1)
+    return first_picks(picked, k)
 
 
 def joined(state: Tensor | None, columns: Tensor, add: bool = False) -> Tensor:

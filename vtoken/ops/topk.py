@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from vtoken.ops.common import counts, finite, mask_of
+from vtoken.ops.common import counts, finite, first_picks, mask_of
 
 
 def top_k(scores: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
@@ -40,4 +39,4 @@ def best_k(scores: Tensor, count: Tensor, valid: Tensor) -> Tensor:
     """`top_k` of finite scores and counts (B,) that the valid tokens suffice for, without looking at either."""
     ranked = scores.masked_fill(~valid, float("-inf"))
     order = ranked.sort(dim=1, descending=True, stable=True).indices[:, : int(count.max())]
-    return torch.where(torch.arange(order.shape[1], device=order.device) < count[:, None], order, -1)
+    return first_picks(order, count)
