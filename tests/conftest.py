@@ -64,12 +64,36 @@ REFUSAL = "test_the_rest_is_refused_with_the_reason_that_the_table_gives"
 """The test that records why a type is refused."""
 
 
-class TypesReport:
-    """Counts outcomes by type and column, and collects the sentences with which something is refused."""
+class OutcomesReport:
+    """Counts outcomes by row and column; a test counts once, and as failed if any of its phases failed."""
 
     def __init__(self, path: Path):
         self.path = path
         self.outcomes: dict[str, tuple[str, str, str]] = {}
+
+    def note(self, report, row: str | None, column: str | None) -> None:
+        """Count a phase of a test as evidence for a cell; its property ``refused`` says that a sentence was right."""
+        failed_before = self.outcomes.get(report.nodeid, ("", "", ""))[2] == "failed"
+        if not row or not column or failed_before or (report.when != "call" and report.passed):
+            return
+        refused = report.passed and "refused" in dict(report.user_properties)
+        self.outcomes[report.nodeid] = (row, column, "refused" if refused else report.outcome)
+
+    def pytest_sessionfinish(self, exitstatus):
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return  # an interrupted run says nothing about the tests that it did not reach
+        counts: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
+        for row, column, outcome in self.outcomes.values():
+            counts[row][column][outcome] += 1
+        text = json.dumps(self.content(dict(sorted(counts.items()))), indent=1)
+        self.path.write_text(text + "\n", encoding="utf-8")
+
+
+class TypesReport(OutcomesReport):
+    """By type and column, with the sentences with which something is refused."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
         self.sentences: dict[str, dict[str, str]] = defaultdict(dict)
         self.refused: dict[str, str] = {}
 
@@ -77,65 +101,47 @@ class TypesReport:
         found = dict(report.user_properties)
         if "unserved" in found and report.when == "call" and report.passed:
             self.refused[found["unserved"]] = found["sentence"]
-        failed_before = self.outcomes.get(report.nodeid, ("", "", ""))[2] == "failed"
-        if "column" not in found or failed_before or (report.when != "call" and report.passed):
+        if "column" not in found:
             return
-        column, outcome = found.get("refused", found["column"]), report.outcome
-        if report.passed and "refused" in found:
-            self.sentences[found["type"]][column] = found["sentence"]
-            outcome = "refused"
-        self.outcomes[report.nodeid] = (found["type"], column, outcome)
+        if report.when == "call" and report.passed and "refused" in found:
+            self.sentences[found["type"]][found["refused"]] = found["sentence"]
+        self.note(report, found["type"], found.get("refused", found["column"]))
 
-    def pytest_sessionfinish(self, exitstatus):
-        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            return  # an interrupted run says nothing about the tests that it did not reach
-        counts: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
-        for name, column, outcome in self.outcomes.values():
-            counts[name][column][outcome] += 1
+    def content(self, counts) -> dict:
         types = {
             name: {column: dict(found[column]) for column in COLUMNS if column in found}
-            for name, found in sorted(counts.items())
+            for name, found in counts.items()
         }
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         report = {**versions, "types": types, "sentences": dict(sorted(self.sentences.items()))}
-        report["refused"] = dict(sorted(self.refused.items()))
-        self.path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        return {**report, "refused": dict(sorted(self.refused.items()))}
 
 
-class FamiliesReport:
-    """Counts outcomes; a test counts once, and as failed if any of its phases failed."""
+class FamiliesReport(OutcomesReport):
+    """By family and feature, and how many cases of each kind of fault passed."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.outcomes: dict[str, tuple[str, str, str]] = {}
+        super().__init__(path)
         self.cases: dict[str, tuple[str, str | None, str | None]] = {}  # of kinds: those that passed
 
     def pytest_runtest_logreport(self, report):
         found = dict(report.user_properties)
         if "kind" in found and report.when == "call" and report.passed:
             self.cases[report.nodeid] = found["kind"], found.get("family"), found["reducer"]
-        failed_before = self.outcomes.get(report.nodeid, ("", "", ""))[2] == "failed"
-        feature = found.get("refused") or found.get("feature")
-        if not feature or failed_before or (report.when != "call" and report.passed):
-            return
-        outcome = "refused" if report.passed and "refused" in found else report.outcome
-        self.outcomes[report.nodeid] = (found["family"], feature, outcome)
+        self.note(report, found.get("family"), found.get("refused") or found.get("feature"))
 
-    def pytest_sessionfinish(self, exitstatus):
-        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            return  # an interrupted run says nothing about the tests that it did not reach
-        counts: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
-        for family, feature, outcome in self.outcomes.values():
-            counts[family][feature][outcome] += 1
+    def content(self, counts) -> dict:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["transformers"] = transformers.__version__
         families = {
             family: {name: {what: found[name][what] for what in OUTCOMES} for name in FEATURES if name in found}
-            for family, found in sorted(counts.items())
+            for family, found in counts.items()
         }
-        kinds = {kind: self.tried(kind) for kind in KINDS.values()}
-        text = json.dumps({"versions": versions, "kinds": kinds, "families": families}, indent=1)
-        self.path.write_text(text + "\n", encoding="utf-8")
+        return {
+            "versions": versions,
+            "kinds": {kind: self.tried(kind) for kind in KINDS.values()},
+            "families": families,
+        }
 
     def tried(self, kind: str) -> dict:
         """How many cases of a kind passed: in all, by family and by reducer."""

@@ -27,6 +27,7 @@ BATCH = (1, 2, 0)
 TYPES = Path(__file__).parents[2] / "benchmarks" / "results" / "types.json"
 REFUSED = json.loads(TYPES.read_text(encoding="utf-8"))["refused"] if TYPES.is_file() else {}
 FAMILIES = [family for family in zoo.BUILDERS if family in CONFIG_MAPPING]  # of the installed transformers
+HYBRID = [family for family in tiny.HYBRID if family in CONFIG_MAPPING]  # with an adapter of their own
 every_family = pytest.mark.parametrize("family", FAMILIES)
 CUTS = {"before": PLANS["before"], "between": TestReducer(before=0.7, at=((1, 0.6), (2, 0.4)))}
 STEPS = {"output_logits": True, "return_dict_in_generate": True}
@@ -169,7 +170,7 @@ def test_keep_all_is_bit_identical_and_unwrap_leaves_no_trace(family):
         assert torch.equal(model(**inputs).logits, logits)
 
 
-@plans_of(FAMILIES)
+@plans_of((*FAMILIES, *HYBRID))
 def test_dropping_equals_hiding_at_every_decode_step(family, plan):
     case = zoo.make(family, zoo.batch(family, *BATCH))
     model, inputs = case.model, case.inputs
@@ -258,7 +259,7 @@ def test_beam_search_and_return_sequences(family):
         assert torch.equal(beams, generate(model, inputs, 3, num_beams=2, use_cache=False))
 
 
-@every_family
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRID])
 def test_decoder_rows_equal_eager(family, refused):
     case = zoo.make(family, zoo.batch(family, 1, 2))
     model, adapter = case.model, adapter_for(case.model)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 from dataclasses import dataclass
 
 import pytest
 import tiny
 import torch
 import zoo
-from oracles import TOLERANCE, Look, built
+from oracles import TOLERANCE, Look, built, eager_weights
 from transformers import CONFIG_MAPPING
 
 import vtoken
@@ -166,20 +165,7 @@ def eager(family):
     """Eager attention (H, N, N) of the last picture in the block that is read."""
     case = zoo.make(family, BATCH, attn="eager")
     attention = adapter_for(case.model).vision_attention(WINDOWED.get(family, -1))
-    source, found = sys.modules[type(attention).__module__], []
-    name = next(name for name in ("vision_eager_attention_forward", "eager_attention_forward") if hasattr(source, name))
-    original = getattr(source, name)
-
-    def spy(module, *args, **kwargs):
-        out = original(module, *args, **kwargs)
-        if module is attention:
-            found.append(out[1])
-        return out
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, name, spy)
-        features(case.model, case.pictures[-1])
-    (weights,) = found
+    (weights,) = eager_weights(attention, lambda: features(case.model, case.pictures[-1]))
     return weights[0]
 
 

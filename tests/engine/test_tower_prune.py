@@ -10,7 +10,7 @@ import foreign
 import pytest
 import tiny
 import torch
-from oracles import GREEDY, TOLERANCE, Look, alone, extended, generate
+from oracles import GREEDY, TOLERANCE, Look, check_rows_and_masking, extended, generate
 
 import vtoken
 from vtoken.adapters import adapter_for
@@ -144,14 +144,7 @@ def test_later_blocks_compute_kept_rows_only_and_outward_shapes_stay(family):
 def test_ragged_batch_equals_alone_and_masking(family, plan):
     batch = (1, 2, 0)
     model, inputs = tiny.make(family, batch)
-    with vtoken.reduce(model, PLANS[plan]), torch.no_grad():
-        together = model(**inputs).logits
-        ids = generate(model, inputs, 4)
-        for row in range(3):
-            logits = model(**alone(inputs, row, batch)).logits
-            torch.testing.assert_close(together[row : row + 1, -logits.shape[1] :], logits, **TOLERANCE)
-    with vtoken.reduce(model, PLANS[plan], backend="mask"):
-        assert torch.equal(generate(model, inputs, 4), ids)
+    check_rows_and_masking(model, inputs, PLANS[plan], batch, 4)
 
 
 @every_plan

@@ -9,7 +9,7 @@ import sys
 import pytest
 import tiny
 import torch
-from oracles import GREEDY, TOLERANCE, Look, alone, extended, generate
+from oracles import GREEDY, TOLERANCE, Look, check_rows_and_masking, extended, generate
 
 import vtoken
 from vtoken.adapters import adapter_for
@@ -416,14 +416,7 @@ def test_batch_equals_alone_and_masking(family, plan):
     """Pictures of unequal size, rows with none, one and two of them."""
     batch = (1, 2, 0)
     model, inputs = make(family, batch)
-    with vtoken.reduce(model, PLANS[plan]), torch.no_grad():
-        together = model(**inputs).logits
-        ids = generate(model, inputs, 3)
-        for row in range(3):
-            logits = model(**alone(inputs, row, batch)).logits
-            torch.testing.assert_close(together[row : row + 1, -logits.shape[1] :], logits, **TOLERANCE)
-    with vtoken.reduce(model, PLANS[plan], backend="mask"):
-        assert torch.equal(generate(model, inputs, 3), ids)
+    check_rows_and_masking(model, inputs, PLANS[plan], batch, 3)
 
 
 @pytest.mark.parametrize("plan", ["enter, then before", "return"])

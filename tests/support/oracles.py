@@ -246,23 +246,43 @@ def generate(model: nn.Module, inputs: dict[str, Tensor], new: int = 6, **kwargs
     return model.generate(**inputs, max_new_tokens=new, **{**GREEDY, **kwargs})
 
 
+def check_rows_and_masking(model, inputs, reducer, images_per_row, new):
+    """A batch gives each row what it gives alone, and hiding tokens the ids that dropping them gives."""
+    with vtoken.reduce(model, reducer), torch.no_grad():
+        together = model(**inputs).logits
+        ids = generate(model, inputs, new)
+        for row in range(len(images_per_row)):
+            logits = model(**alone(inputs, row, images_per_row)).logits
+            torch.testing.assert_close(together[row : row + 1, -logits.shape[1] :], logits, **TOLERANCE)
+    with vtoken.reduce(model, reducer, backend="mask"):
+        assert torch.equal(generate(model, inputs, new), ids)
+
+
+def eager_weights(block, run):
+    """Attention weights (rows, H, Q, K) of an attention module while ``run`` runs eagerly, one entry per call of it."""
+    source, found = sys.modules[type(block).__module__], []
+
+    def spied(original):
+        def spy(module, *args, **kwargs):
+            out = original(module, *args, **kwargs)
+            if module is block:
+                found.append(out[1])
+            return out
+
+        return spy
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for name in ("eager_attention_forward", "vision_eager_attention_forward"):  # Llama 4 has both
+            if hasattr(source, name):
+                patch.setattr(source, name, spied(getattr(source, name)))
+        run()
+    return found
+
+
 def eager_encoder(family, batch, layer, **changes):
     """Eager attention weights (views, H, patches, patches) of one tower layer, one entry per call of its attention."""
     model, inputs = tiny.make(family, batch, attn="eager", **changes)
-    block = adapter_for(model).vision_attention(layer)
-    source = sys.modules[type(block).__module__]
-    original, found = source.eager_attention_forward, []
-
-    def spy(module, *args, **kwargs):
-        out = original(module, *args, **kwargs)
-        if module is block:
-            found.append(out[1])
-        return out
-
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(source, "eager_attention_forward", spy)
-        model(**inputs)
-    return found
+    return eager_weights(adapter_for(model).vision_attention(layer), lambda: model(**inputs))
 
 
 @dataclass(frozen=True)
