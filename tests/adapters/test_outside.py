@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import foreign
 import pytest
 import tiny
@@ -58,6 +60,31 @@ def test_a_retriever_that_tells_its_pictures(plan):
     assert (dropped - whole).abs().max() > 100 * TOLERANCE["atol"]
     with vtoken.reduce(model, "random", keep=1.0):
         assert torch.equal(model(**inputs).embeddings, whole)
+
+
+def test_a_type_that_no_test_runs_is_announced_once():
+    vlm, _ = tiny.make("paligemma", (1,))
+    model = tf.ColPaliForRetrieval(tf.ColPaliConfig(vlm_config=vlm.config.to_dict())).eval()
+    with pytest.warns(UserWarning, match="'colpali'.* no test runs this type: vtoken doctor") as told:
+        vtoken.wrap(model, "random", keep=0.5)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vtoken.wrap(vlm, "random", keep=0.5)
+
+
+@pytest.mark.parametrize("name", ["Blip2", "InstructBlip"])
+def test_a_q_former_before_an_encoder_decoder_is_refused(name):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": tiny.VOCAB}
+    former = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    parts = {
+        "text_config": {"model_type": "t5", **sizes},
+        "vision_config": tiny.vision_config(),
+        "qformer_config": {**former, "encoder_hidden_size": 32, "vocab_size": tiny.VOCAB},
+    }
+    model = getattr(tf, f"{name}ForConditionalGeneration")(getattr(tf, f"{name}Config")(**parts, num_query_tokens=6))
+    with pytest.raises(TypeError, match=f"language model of this {name}.* is an encoder-decoder model"):
+        vtoken.wrap(model, "random", keep=0.5)
 
 
 def test_a_retriever_that_merges_pictures_itself_is_refused_and_its_inner_model_is_served():
