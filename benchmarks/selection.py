@@ -6,8 +6,8 @@ projector; on a quiet machine, and beside two processes that multiply matrices i
 and stopped here. Every selection is timed in turn with its baseline (`baselines.py`), with the same picks.
 
 A selection is evaluated lazily only if that takes at most half of the baseline's time on real features and is not
-slower beside other processes. The others are that plain loop; what they save is a half of the matrix, which is
-symmetric, and threads that wait for each other.
+slower beside other processes. The others are that plain loop: one product, and picks in one thread where each reads
+little.
 
 Then: Gaussian and clustered features, several pictures of unequal size at once, and memory.
 
@@ -43,11 +43,12 @@ LAZY = ("k_center", "mmr", "sads", "coverage")
 SLOW = ("coverage",)  # whose baseline takes seconds: one round
 NEIGHBOURS = 2
 BUSY = """
+import os
 import torch
 torch.set_num_threads(2)
-a = torch.randn(1024, 1024)
+a, parent = torch.randn(1024, 1024), os.getppid()
 print("busy", flush=True)
-while True:
+while os.getppid() == parent:
     a @ a
 """
 

@@ -14,7 +14,6 @@ from vtoken.ops.ragged import gather
 CHUNK = 512  # rows of similarities held at a time
 DENSE = 3072  # tokens whose table (36 MB) is kept however few features they have
 FEW = 6  # columns that are computed as rows: the other way round is as slow for one as for sixteen
-BANDS = 5  # of a table, each as far as its diagonal: more are smaller products, fewer compute more pairs twice
 
 
 class Cosines:
@@ -64,22 +63,12 @@ class Cosines:
         return found
 
     def whole(self) -> Cosines:
-        """With all of them computed; of many tokens, whose table would be large and larger than they are, as they are.
-
-        A half of the table is computed, the other is its mirror image.
-        """
+        """With all of them computed; of many tokens, whose table would be large and larger than they are, as they are."""
         rows, tokens = self.shape
         if self.table is not None or rows * tokens**2 > max(DENSE**2, self.values.numel()):
             return self
         found = copy.copy(self)
-        found.table = self.values.new_empty(len(self.values), tokens, tokens)
-        size = -(-tokens // BANDS)
-        for first in range(0, tokens, size):
-            band, before = slice(first, first + size), slice(first + size)
-            near = found.table[:, band, before]
-            torch.mul(self.values[:, band] @ self.values[:, before].mT, self.inverse[:, None, before], out=near)
-            near.mul_(self.inverse[:, band, None])
-            found.table[:, :first, band] = near[..., :first].mT
+        found.table = (self.values @ self.values.mT).mul_(self.inverse[:, None]).mul_(self.inverse[..., None])
         return found
 
     def units(self, index: Tensor) -> Tensor:
