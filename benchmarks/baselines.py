@@ -123,6 +123,20 @@ def log_det(features: Tensor, k: int, gamma: float = 0.01) -> Tensor:
     return _largest_determinant(kernel, k)
 
 
+def thinning(features: Tensor, order: Tensor, target: int, step: int = 8) -> Tensor:
+    """Of the tokens ``order``, those left when every second one that is most like one between is removed (2412.01818).
+
+    Rounds of at most ``step`` removals; each one computes the cosines of the two halves anew.
+    """
+    unit = normalize(features.float(), dim=-1)
+    while len(order) > target:
+        even, odd = order[0::2], order[1::2]
+        ranked = (unit[even] @ unit[odd].T).amax(1).argsort(descending=True, stable=True)
+        remove = min(step, len(order) - target, len(even))
+        order = torch.cat([even[ranked[remove:]], odd])
+    return order
+
+
 BASELINES: dict[str, Callable[..., Tensor]] = {
     "k_center": k_center,
     "max_sum": max_sum,

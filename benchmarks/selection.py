@@ -9,30 +9,35 @@ A selection is evaluated lazily only if that takes at most half of the baseline'
 slower beside other processes. The others are that plain loop: one product, and picks in one thread where each reads
 little.
 
-Then: Gaussian and clustered features, several pictures of unequal size at once, and memory.
+Then: Gaussian and clustered features, several pictures of unequal size at once, and memory; and vispruner's thinning
+at keep 0.25, half of it by attention, against its own plain loop.
 
     python benchmarks/selection.py
+    python benchmarks/selection.py --thinning   # that alone; the rest of the report stays
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from baselines import BASELINES, WEIGHTED
-from harness import arguments, round_times, save, summary
+from baselines import BASELINES, WEIGHTED, thinning
+from harness import RESULTS, arguments, race, round_times, save, summary
 from torch import Tensor
 from torch.nn.functional import gelu
 
 from vtoken import ops
 from vtoken.profile.memory import LiveBytes, peak_bytes
 from vtoken.reducers.otprune import unit_channels
+from vtoken.reducers.vispruner import thin
 
 DATA = Path(__file__).parent / "data" / "real_features.npz"
 PHOTOGRAPHS = ("astronaut", "coffee")
@@ -168,9 +173,29 @@ def synthetic(tokens: int, width: int, args: Any) -> dict[str, Any]:
     return found
 
 
+def thinned(args: Any) -> dict[str, Any]:
+    """vispruner's thinning of real features to an eighth, the other eighth being chosen by attention before."""
+    raw, w = real(300 if args.quick else None)
+    found: dict[str, Any] = {}
+    for kind, x in {"projected": projected(raw, 64 if args.quick else WIDTH), "raw": raw}.items():
+        order = w.argsort(1, descending=True, stable=True)
+        target = x.shape[1] // 8
+        rest, valid, k = order[:, target:], torch.ones_like(w, dtype=torch.bool), torch.tensor([target])
+        plain, ours = partial(thinning, x[0], rest[0], target), partial(thin, x, rest, k, valid)
+        found[kind] = race({"baseline": plain, "vtoken": ours}, args.rounds)
+        found[kind]["same_picks"] = same_picks([plain()], ours())
+        times = [found[kind][side]["median"] for side in ("baseline", "vtoken")]
+        print(f"thinning {kind}: {times[0]:.0f} -> {times[1]:.0f} ms, same picks {found[kind]['same_picks']:.3f}")
+    return found
+
+
 def main() -> None:
     """Measure everything."""
-    args = arguments(__doc__)
+    args = arguments(__doc__, ("thinning",))
+    if args.thinning:
+        known = json.loads((args.out or RESULTS / "selection.json").read_text(encoding="utf-8"))["results"]
+        save("selection", {**known, "thinning": thinned(args)}, args)
+        return
     tokens, width = (192, 64) if args.quick else (TOKENS, WIDTH)
     results: dict[str, Any] = {
         "tokens": {"real": real(300 if args.quick else None)[0].shape[1], "synthetic": tokens},
@@ -184,7 +209,8 @@ def main() -> None:
     print(f"beside {NEIGHBOURS} processes of two threads:", flush=True)
     with neighbours():
         results["busy"] = real_features(args)
-    save("selection", {**results, "synthetic": synthetic(tokens, width, args)}, args)
+    more = {"synthetic": synthetic(tokens, width, args), "thinning": thinned(args)}
+    save("selection", {**results, **more}, args)
 
 
 def _say(what: str, found: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ class Cosines:
         return found
 
     def whole(self) -> Cosines:
-        """With all of them computed; of many tokens, whose table would be large and larger than they are, as they are."""
+        """With all of them computed; as they are where a table would be large, and larger than the features."""
         rows, tokens = self.shape
         if self.table is not None or rows * tokens**2 > max(DENSE**2, self.values.numel()):
             return self
