@@ -69,8 +69,9 @@ def selection(found: dict) -> str:
     size = (
         f"Real features: N = {tokens['real']}, d = {widths}, k = {100 * found['share']:.0f} %, float32; busy: beside "
         f"{found['neighbours']} processes of two threads each. The speed-up of lazy evaluation has to reach 2x, and 1x "
-        f"beside others; the plain table is what it is compared with. Gaussian and clustered: "
-        f"N = {tokens['synthetic']}, d = {width['synthetic']}; unequal: four pictures of up to {tokens['synthetic'] // 4} tokens in one batch."
+        "beside others; the plain table is what it is compared with. Gaussian and clustered: "
+        f"N = {tokens['synthetic']}, d = {width['synthetic']}; unequal: four pictures of up to "
+        f"{tokens['synthetic'] // 4} tokens in one batch."
     )
     thinned = "; ".join(
         f"{ms(one['baseline'])} -> {ms(one['vtoken'])} ms, d = {width[kind]}" for kind, one in found["thinning"].items()
