@@ -126,12 +126,12 @@ def log_det(features: Tensor, k: int, gamma: float = 0.01) -> Tensor:
 def thinning(features: Tensor, order: Tensor, target: int, step: int = 8) -> Tensor:
     """Of the tokens ``order``, those left when every second one that is most like one between is removed (2412.01818).
 
-    Rounds of at most ``step`` removals; each one computes the cosines of the two halves anew.
+    In rounds of at most ``step`` removals.
     """
-    unit = normalize(features.float(), dim=-1)
+    similarity = cosines(features)
     while len(order) > target:
         even, odd = order[0::2], order[1::2]
-        ranked = (unit[even] @ unit[odd].T).amax(1).argsort(descending=True, stable=True)
+        ranked = similarity[even][:, odd].amax(1).argsort(dim=0, descending=True, stable=True)
         remove = min(step, len(order) - target, len(even))
         order = torch.cat([even[ranked[remove:]], odd])
     return order

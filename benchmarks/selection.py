@@ -174,18 +174,21 @@ def synthetic(tokens: int, width: int, args: Any) -> dict[str, Any]:
 
 
 def thinned(args: Any) -> dict[str, Any]:
-    """vispruner's thinning of real features to an eighth, the other eighth being chosen by attention before."""
+    """vispruner's thinning of real features to an eighth, the other eighth being chosen by attention before.
+
+    Rounds of sorted similarities, many nearly equal, part by rounding errors: vectors of the authors' code are compared
+    in the tests, picks here are not.
+    """
     raw, w = real(300 if args.quick else None)
     found: dict[str, Any] = {}
     for kind, x in {"projected": projected(raw, 64 if args.quick else WIDTH), "raw": raw}.items():
-        order = w.argsort(1, descending=True, stable=True)
+        order = w.argsort(dim=1, descending=True, stable=True)
         target = x.shape[1] // 8
         rest, valid, k = order[:, target:], torch.ones_like(w, dtype=torch.bool), torch.tensor([target])
         plain, ours = partial(thinning, x[0], rest[0], target), partial(thin, x, rest, k, valid)
         found[kind] = race({"baseline": plain, "vtoken": ours}, args.rounds)
-        found[kind]["same_picks"] = same_picks([plain()], ours())
         times = [found[kind][side]["median"] for side in ("baseline", "vtoken")]
-        print(f"thinning {kind}: {times[0]:.0f} -> {times[1]:.0f} ms, same picks {found[kind]['same_picks']:.3f}")
+        print(f"thinning {kind}: {times[0]:.0f} -> {times[1]:.0f} ms")
     return found
 
 
