@@ -18,7 +18,7 @@ suppress_warnings = ["myst.header"]  # a page may begin below its title's level,
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
-nb_merge_streams = True
+nb_output_stderr = "remove"  # bars of loading weights
 
 # docstrings: single backticks name an object, parameters are documented once
 default_role = "py:obj"
