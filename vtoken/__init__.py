@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # for type checkers what `_HOMES` is for Python
     from vtoken.wrapping import unwrap as unwrap
     from vtoken.wrapping import wrap as wrap
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Cut": "context",

@@ -15,7 +15,7 @@ from vtoken.eval.store.results import Store
 from vtoken.eval.sweeps.cells import Cell
 
 MEANS = ("visual_tokens", "visual_kept", "visual_per_layer", "evidence_recall")
-COSTS = ("prefill_ms", "speedup", "kv_bytes")
+COSTS = ("prefill_ms", "speedup", "speedup_low", "speedup_high", "kv_bytes")
 VERSUS = ("versus_unpruned", "versus_random", "versus_reference")
 
 
@@ -35,7 +35,7 @@ class Row:
         Mean over the questions whose documents say where the answer is, see `vtoken.eval.model.evidence`.
     kinds : dict
         Accuracy by kind of question, where the task has kinds.
-    prefill_ms, speedup, kv_bytes : float or None
+    prefill_ms, speedup, speedup_low, speedup_high, kv_bytes : float or None
         Measured cost, see `vtoken.profile.measure_prefill`.
     error : str
         What the cell raised, "" if it finished.
@@ -58,6 +58,8 @@ class Row:
     kinds: dict[str, float] | None = None
     prefill_ms: float | None = None
     speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
     kv_bytes: float | None = None
     error: str = ""
     source: str = ""

@@ -71,6 +71,17 @@ def tokens_text(row: Row) -> str:
     return f"{row.visual_kept:.1f}" + (f" ({inside:.1f})" if less else "")
 
 
+def speedup_text(row: Row) -> str:
+    """How many times as fast the prefill is; or that this is noise, with the quartiles of the rounds."""
+    if row.speedup is None:
+        return ""
+    if row.speedup_low is None or row.speedup_high is None:  # measured before quartiles were kept
+        return f"{row.speedup:.2f}x"
+    from vtoken.profile.spread import Ratio  # its package imports torch
+
+    return str(Ratio(row.speedup, row.speedup_low, row.speedup_high))
+
+
 def bytes_text(number: float) -> str:
     """Bytes with a binary unit."""
     for unit in ("B", "KiB", "MiB"):

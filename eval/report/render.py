@@ -15,6 +15,7 @@ from vtoken.eval.report.formats import (
     interval_text,
     p_text,
     plus_minus_text,
+    speedup_text,
     tokens_text,
 )
 from vtoken.eval.report.published import published_text
@@ -33,7 +34,7 @@ COLUMNS: Columns = {
     "vs random": lambda row: difference_text(row.versus_random),
     "tokens": tokens_text,
     "prefill ms": lambda row: "" if row.prefill_ms is None else f"{row.prefill_ms:.1f}",
-    "speed-up": lambda row: "" if row.speedup is None else f"{row.speedup:.2f}x",
+    "speed-up": speedup_text,
     "KV": lambda row: "" if row.kv_bytes is None else bytes_text(row.kv_bytes),
 }
 NARROW: Columns = {
@@ -45,7 +46,7 @@ NARROW: Columns = {
     "of all": lambda row: "" if row.retained is None else f"{100 * row.retained:.1f}",
     "tokens": lambda row: tokens_text(row).split(" ")[0],
     "ms": COLUMNS["prefill ms"],
-    "speed": lambda row: "" if row.speedup is None else f"{row.speedup:.1f}x",
+    "speed": lambda row: speedup_text(row).split(" ")[0],
     "KV": lambda row: COLUMNS["KV"](row).removesuffix("iB").replace(" ", ""),
 }
 """The same for a terminal of 80 characters."""
@@ -79,7 +80,8 @@ LEGEND = (
     "tokens that enter the language model, mean per question; in brackets the mean over its layers, where a method "
     "drops more inside. evidence: share of the tokens on what the question is about that were kept, mean over layers. "
     "prefill: {batch} prompts at once, without the vision tower, measured apart, medians of "
-    "alternating runs. KV: cache per prompt after the prefill. Intervals resample pictures."
+    "alternating runs; noisy: the quartiles of the runs' ratios are far apart, or on both sides of 1. "
+    "KV: cache per prompt after the prefill. Intervals resample pictures."
 )
 REFERENCE_LEGEND = (
     "difference (diff): paired, in points; * is p < 0.05, after Holm's correction over the rows of a model and task "

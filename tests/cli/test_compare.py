@@ -4,6 +4,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -137,9 +138,13 @@ def test_the_table_fits_the_terminal(width, header):
     costs = {"prefill_ms": 140.1, "speedup": 12.34, "kv_bytes": 940_000}
     versus = Paired(Estimate(-0.101, -0.2, -0.05), 0.0004, 40, 8)
     row = Row(**place, **counts, **costs, reducer="todre (k_center)", keep=0.05, versus_unpruned=versus, retained=1.0)
+    noisy = replace(row, speedup=9.77, speedup_low=0.71, speedup_high=12.6)
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(build_table([row], console))
+    console.print(build_table([row, noisy], console))
     text = console.export_text()
     assert header in text
     assert "…" not in text
+    assert ("noisy 0.71-13x" if width > 80 else " noisy ") in text
+    assert "9.8x" not in text
+    assert "9.77x" not in text
     assert all(len(line) <= width for line in text.splitlines())

@@ -21,7 +21,8 @@ from vtoken.adapters.base import IMAGE
 from vtoken.cli import app
 from vtoken.doctor import examine, outcome
 from vtoken.doctor.prompts import join, prompts_of
-from vtoken.doctor.report import Report
+from vtoken.doctor.report import Check, Cost, Report
+from vtoken.doctor.verdict import judge
 from vtoken.wrapping import session_of
 
 SHORTEST = 25
@@ -418,6 +419,28 @@ def test_the_command_examines_an_embedded_model(tmp_path):
     assert "visual tokens" in next(check.detail for check in report.checks if check.name == "gain")
     assert long_lists(json.loads(file.read_text())) == []
     assert torch.__version__.startswith(report.surroundings["torch"])
+
+
+@pytest.mark.parametrize(
+    ("quartiles", "words"), [((1.9, 2.1), "2.00 times as fast"), ((0.7, 3.0), "too noisy to tell what random at 0.25")]
+)
+def test_a_noisy_gain_is_no_number(quartiles, words):
+    cost = Cost(
+        reducer="random at 0.25",
+        attention={},
+        milliseconds={},
+        kv_bytes={},
+        tokens={},
+        prefill_speedup=2.0,
+        prefill_quartiles=quartiles,
+        decode_speedup=1.0,
+        break_even=None,
+    )
+    check = Check(name="order", status="passed", detail="")
+    report = Report(model="m", checks=[check], cost=cost)
+    judge(report)
+    assert words in report.verdict
+    assert ("2.00" in report.verdict) == (words[0] == "2")
 
 
 def test_a_report_of_ones_own_prompt_does_not_hold_it():

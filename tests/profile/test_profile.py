@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 import vtoken
 from vtoken.adapters.synthetic import synthetic_inputs
 from vtoken.cli import app
-from vtoken.profile import Spread, profile, shapes
+from vtoken.profile import Ratio, Spread, profile, shapes
 from vtoken.profile.breakeven import Point, break_even
 from vtoken.profile.flops import prefill_flops
+from vtoken.profile.measure import count_steps
 from vtoken.profile.memory import LiveBytes, peak_bytes
 from vtoken.profile.shapes import list_shapes, random_model, shape_config
 from vtoken.profile.spread import alternate
@@ -103,6 +104,20 @@ def test_phases_add_up_and_the_model_is_left_as_it_was(tiny, found):
     assert session_of(tiny) is None
 
 
+def test_ratios_are_those_of_the_rounds_in_pairs(found):
+    assert set(found.ratios) == {*found.unpruned.milliseconds} - {"selection"}
+    for phase, ratio in found.ratios.items():
+        assert ratio.value == found.speedup(phase)
+        assert ratio.low <= ratio.high
+
+
+def test_every_run_is_a_step(tiny):
+    steps = []
+    inputs = synthetic_inputs(tiny, 1, 16)
+    profile(tiny, vtoken.Random(keep=0.5), inputs, new_tokens=2, rounds=2, step=lambda: steps.append(1))
+    assert len(steps) == count_steps(tiny, rounds=2)
+
+
 def test_no_hook_and_no_backend_stays_behind(tiny, found):
     def state():  # transformers adds hooks of its own at the first forward pass, which ``found`` has made
         hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in tiny.modules()]
@@ -149,6 +164,28 @@ def test_alternating_runs_are_warm_and_in_turn():
 def test_spread_is_median_and_interquartile_range():
     assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 2.0)
     assert Spread.of([7.0]) == Spread(7.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        ([10, 10, 10, 10, 10], [5, 5, 5, 5, 5], "2.00x"),
+        ([10, 10, 10, 10, 10], [5, 5, 5, 5, 500], "2.00x"),  # one round was disturbed
+        ([10, 10, 10, 10, 10], [10.3, 9.7, 10, 10.2, 9.8], "1.00x"),  # no gain is a finding
+        ([10, 10, 10, 10, 10], [12, 8, 10, 11, 9], "noisy 0.91-1.1x"),  # gain or loss?
+        ([10, 10, 10, 10, 10], [2, 4, 1, 8, 3], "noisy 2.5-5x"),  # a gain, but which?
+        ([10], [1], "10.00x"),  # one round has no spread
+    ],
+)
+def test_a_ratio_says_when_it_is_noise(before, after, text):
+    assert str(Ratio.of(before, after)) == text
+
+
+def test_a_ratio_pairs_the_rounds():
+    """A machine that gets slower meanwhile changes both: neither spread says anything, the ratio does."""
+    slow = [10.0, 20.0, 40.0, 80.0]
+    assert str(Ratio.of(slow, [each / 2 for each in slow])) == "2.00x"
+    assert Ratio.of([4.0, 4.0], [1.0, 2.0], 7.0) == Ratio(7.0, 2.5, 3.5)
 
 
 def test_break_even_is_where_the_lines_cross():
@@ -230,11 +267,13 @@ def test_the_command_profiles_a_shape_and_compares(tmp_path):
     assert [point["tokens"] for point in report["break_even_points"]] == [16, 32, 64]
     assert report["reduced"]["tokens"] == 16
     assert torch.__version__.startswith(report["surroundings"]["torch"])
-    many.write_text(few.read_text())
+    report["ratios"]["decode"] |= {"low": 0.5, "high": 2.5}
+    many.write_text(json.dumps(report))
     shown = run("--compare", few, many)
     assert shown.exit_code == 0
     assert "few" in shown.output
     assert "many" in shown.output
+    assert shown.output.count("noisy 0.5-2.5x") == 1
 
 
 @pytest.mark.parametrize(

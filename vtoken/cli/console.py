@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 WRONG_INPUT = 2
 FAILED = 1
@@ -28,6 +31,14 @@ def out() -> Console:
 def err() -> Console:
     """The console for progress and errors."""
     return Console(stderr=True)
+
+
+def bar() -> Progress:
+    """A progress bar with the time left, on stderr where that is a terminal."""
+    from rich.progress import Progress
+
+    console = err()
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextlib.contextmanager

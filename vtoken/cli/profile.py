@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.progress import track
 from rich.table import Table
 
-from vtoken.cli.console import err, out, sentences
+from vtoken.cli.console import bar, err, out, sentences
 
 if TYPE_CHECKING:
+    from vtoken.profile.spread import Ratio
     from vtoken.reducers.base import Reducer
 
 ROWS = {
@@ -27,7 +28,7 @@ ROWS = {
     "decode": "decoding, per token",
     "end_to_end": "end to end",
 }
-FORMAT = "vtoken-profile-2"
+FORMAT = "vtoken-profile-3"
 
 
 def profile_command(
@@ -102,14 +103,25 @@ def _measure(
     from vtoken.eval.provenance import surroundings
     from vtoken.profile import profile
     from vtoken.profile.breakeven import Point, break_even
+    from vtoken.profile.measure import count_steps
 
     points, counts = [], sorted({max(tokens // 4, 1), max(tokens // 2, 1), tokens})
-    for count in track(counts, "measuring", console=err(), transient=True):
-        inputs = synthetic_inputs(model, batch, count)
-        found = profile(model, reducer, inputs, new_tokens=new_tokens, rounds=rounds, attention=attn)
-        before, after = found.unpruned.milliseconds["prefill"].median, found.reduced.milliseconds["prefill"].median
-        selection = found.reduced.milliseconds["selection"].median
-        points.append(Point(round(found.unpruned.tokens), before, after, selection))
+    with bar() as progress:
+        task = progress.add_task("measuring", total=sum(counts) * count_steps(model, rounds))  # time grows with tokens
+        for count in counts:
+            inputs = synthetic_inputs(model, batch, count)
+            found = profile(
+                model,
+                reducer,
+                inputs,
+                new_tokens=new_tokens,
+                rounds=rounds,
+                attention=attn,
+                step=functools.partial(progress.advance, task, count),
+            )
+            before, after = (side.milliseconds["prefill"].median for side in (found.unpruned, found.reduced))
+            selection = found.reduced.milliseconds["selection"].median
+            points.append(Point(round(found.unpruned.tokens), before, after, selection))
     weight = next(model.parameters())
     several = len({point.tokens for point in points}) > 1
     return {
@@ -154,7 +166,7 @@ def _table(reports: list[dict[str, Any]], titles: list[str]) -> Table:
             cells += [text(plain), text(reduced), f"{plain / max(reduced, 1e-9):.2f}x"]
         table.add_row(label, *cells)
     for label, text in (
-        ("prefill speed-up / FLOP ratio", lambda report: f"{report['efficiency']:.2f}"),
+        ("prefill speed-up / FLOP ratio", _efficiency),
         ("break-even, visual tokens", _break_even),
         ("answers per second", lambda report: f"{report['samples_per_second']['reduced']:.3g}"),
     ):
@@ -164,9 +176,21 @@ def _table(reports: list[dict[str, Any]], titles: list[str]) -> Table:
 
 def _times(report: dict[str, Any], phase: str) -> tuple[str, str, str]:
     plain, reduced = (report[side]["milliseconds"][phase] for side in ("unpruned", "reduced"))
-    ratio = report["speedup"].get(phase)
+    ratio = _ratio(report, phase)
     cells = [f"{x['median']:.4g} ± {x['iqr'] / 2:.2g}" for x in (plain, reduced)]
-    return (cells[0] if ratio else "", cells[1], f"{ratio:.2f}x" if ratio else "")
+    return (cells[0] if ratio else "", cells[1], str(ratio or ""))
+
+
+def _ratio(report: dict[str, Any], phase: str) -> Ratio | None:
+    """None for the selection, which the unpruned model has not."""
+    from vtoken.profile.spread import Ratio
+
+    return Ratio(**report["ratios"][phase]) if phase in report["ratios"] else None
+
+
+def _efficiency(report: dict[str, Any]) -> str:
+    prefill = _ratio(report, "prefill")
+    return "noisy" if prefill and prefill.noisy else f"{report['efficiency']:.2f}"
 
 
 def _bytes(value: float) -> str:

@@ -8,7 +8,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.running.listener import Listener
@@ -27,7 +35,8 @@ class CellProgress(Listener):
     """
 
     def __init__(self, console: Console, total: int) -> None:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
         self.console, self.total, self.count = console, total, 0
         self.bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.cells = self.bars.add_task("cells", total=total)

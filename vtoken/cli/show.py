@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vtoken.cli.console import err, items, out, sentences
+from vtoken.cli.console import bar, err, items, out, sentences
 
 MODEL = "mini-llava"
 
@@ -61,13 +61,11 @@ def _run(
     keeps: list[Any],
     max_new_tokens: int,
 ) -> Any:
-    from rich.progress import Progress
-
     from vtoken.eval.model.loading import ModelSpec, load_model
     from vtoken.eval.show.gallery import Prompt, gallery
 
     model, processor = load_model(ModelSpec(name, dtype=dtype, device=device))
     prompt = Prompt(model, processor, shown, question, max_new_tokens)
-    with Progress(console=err(), transient=True) as progress:
-        bar = progress.add_task("reducers", total=len(reducers) * len(keeps))
-        return gallery(prompt, name, question, reducers, keeps, lambda: progress.advance(bar))
+    with bar() as progress:
+        task = progress.add_task("reducers", total=len(reducers) * len(keeps))
+        return gallery(prompt, name, question, reducers, keeps, lambda: progress.advance(task))

@@ -94,6 +94,7 @@ class Cost(_Part):
     kv_bytes: dict[str, int]
     tokens: dict[str, float]
     prefill_speedup: float
+    prefill_quartiles: tuple[float, float] = Field(description="of the speed-ups of single rounds")
     decode_speedup: float
     break_even: float | None = Field(description="visual tokens from which the prefill saves what selecting costs")
     break_even_points: list[dict[str, float]] = Field(default_factory=list)

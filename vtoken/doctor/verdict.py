@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 
 from vtoken.doctor.report import Report
+from vtoken.profile.spread import Ratio
 
 GOOD, FAULT, COULD_NOT = 0, 1, 2
 WORTH = 1.05
@@ -57,6 +58,9 @@ def _gain(report: Report) -> list[str]:
     """Whether this prompt gains anything here."""
     if (cost := report.cost) is None:
         return []
+    low, high = cost.prefill_quartiles
+    if Ratio(cost.prefill_speedup, low, high).noisy:
+        return [f"timing too noisy to tell what {cost.reducer} gains ({low:.2g} to {high:.2g} times as fast)"]
     gains = f"{cost.reducer} makes the prefill of this prompt {cost.prefill_speedup:.2f} times as fast"
     if cost.prefill_speedup > WORTH:
         return [gains]

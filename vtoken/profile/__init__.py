@@ -6,6 +6,6 @@ Nothing here is read off an accuracy run, and no figure is computed where it can
 
 from vtoken.profile.measure import Profile, Side, profile
 from vtoken.profile.prefill import PrefillCost, measure_prefill
-from vtoken.profile.spread import Spread
+from vtoken.profile.spread import Ratio, Spread
 
-__all__ = ["PrefillCost", "Profile", "Side", "Spread", "measure_prefill", "profile"]
+__all__ = ["PrefillCost", "Profile", "Ratio", "Side", "Spread", "measure_prefill", "profile"]

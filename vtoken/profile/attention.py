@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -25,8 +25,10 @@ def available_attention(model: nn.Module) -> list[str]:
     return ["sdpa", *(["flash_attention_2"] if flash else []), "eager"]
 
 
-def fastest_attention(model: nn.Module, inputs: Mapping[str, Any], rounds: int = 2) -> dict[str, float]:
-    """Milliseconds of an unpruned forward pass by backend (median)."""
+def fastest_attention(
+    model: nn.Module, inputs: Mapping[str, Any], rounds: int = 2, step: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Milliseconds of an unpruned forward pass by backend (median); ``step`` is called after each pass."""
 
     def once(name: str) -> float:
         model.set_attn_implementation(name)  # type: ignore[operator]
@@ -34,5 +36,5 @@ def fastest_attention(model: nn.Module, inputs: Mapping[str, Any], rounds: int =
         model(**inputs, use_cache=True, logits_to_keep=1)
         return (now(model) - start) * 1e3
 
-    found = alternate({name: partial(once, name) for name in available_attention(model)}, rounds)
+    found = alternate({name: partial(once, name) for name in available_attention(model)}, rounds, step=step)
     return {name: median(times) for name, times in found.items()}

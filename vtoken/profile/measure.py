@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import nn
 from vtoken.adapters import adapter_for
 from vtoken.compat import cache_of
 from vtoken.engine.cache import cache_bytes
-from vtoken.profile.attention import fastest_attention
+from vtoken.profile.attention import available_attention, fastest_attention
 from vtoken.profile.flops import prefill_flops
 from vtoken.profile.memory import peak_bytes
 from vtoken.profile.run import PHASES, Run, run_once, wrapped
-from vtoken.profile.spread import Spread, alternate
+from vtoken.profile.spread import Ratio, Spread, alternate
 from vtoken.reducers.base import Reducer
 from vtoken.wrapping import stats
 
@@ -67,6 +67,8 @@ class Profile:
         Milliseconds of an unpruned prefill by attention backend; the fastest is the baseline.
     unpruned, reduced : Side
         Both, measured in turn.
+    ratios : dict
+        `speedup` of each phase with its quartiles over the rounds; without the selection, which one side has not.
     """
 
     batch: int
@@ -75,10 +77,11 @@ class Profile:
     attention: dict[str, float]
     unpruned: Side
     reduced: Side
+    ratios: dict[str, Ratio]
 
     def speedup(self, phase: str) -> float:
-        """Unpruned / reduced time of a phase."""
-        return self.unpruned.milliseconds[phase].median / max(self.reduced.milliseconds[phase].median, 1e-9)
+        """Unpruned / reduced time of a phase: the ratio of the medians."""
+        return _ratio_of_medians(self.unpruned, self.reduced, phase)
 
     @property
     def flop_limit(self) -> float:
@@ -110,7 +113,7 @@ class Profile:
         rates = self.samples_per_second
         return {
             **asdict(self),
-            "speedup": {phase: self.speedup(phase) for phase in PHASES if phase != "selection"},
+            "speedup": {phase: self.speedup(phase) for phase in self.ratios},
             "flop_limit": self.flop_limit,
             "efficiency": self.efficiency,
             "causal_limit": self.causal_limit,
@@ -129,6 +132,7 @@ def profile(
     warmup: int = 1,
     attention: str | None = None,
     candidates: Mapping[str, float] | None = None,
+    step: Callable[[], object] = lambda: None,
 ) -> Profile:
     """Measure a reducer on one batch, in runs that alternate with the unpruned model.
 
@@ -148,6 +152,8 @@ def profile(
         Backend of the reduced model; by default the baseline's. The unpruned model always gets the fastest.
     candidates : mapping, optional
         What `fastest_attention` has found for this model before, where several reducers or batches are measured.
+    step : callable
+        Called `count_steps` times, after each run.
 
     Raises
     ------
@@ -160,19 +166,37 @@ def profile(
         raise ValueError(f"rounds={rounds} measures nothing: give at least 1.")
     before = getattr(model.config, "_attn_implementation", None)
     with torch.inference_mode():
-        candidates = dict(candidates or fastest_attention(model, inputs))
+        candidates = dict(candidates or fastest_attention(model, inputs, step=step))
         fastest = min(candidates, key=candidates.__getitem__)
         sides = {"unpruned": (None, fastest), "reduced": (reducer, attention or fastest)}
         try:
             runs = {
                 name: lambda chosen=chosen: _run(model, chosen, inputs, new_tokens) for name, chosen in sides.items()
             }
-            found = alternate(runs, rounds, warmup)
-            both = {name: _side(model, *sides[name], inputs, found[name]) for name in sides}
+            found = alternate(runs, rounds, warmup, step)
+            both = {}
+            for name, side in sides.items():
+                both[name] = _side(model, *side, inputs, found[name])
+                step()
         finally:
             if before is not None:
                 model.set_attn_implementation(before)  # type: ignore[operator]
-    return Profile(len(inputs["input_ids"]), new_tokens, rounds, candidates, **both)
+    times = {name: {phase: [getattr(run, phase) for run in found[name]] for phase in PHASES} for name in sides}
+    ratios = {
+        phase: Ratio.of(times["unpruned"][phase], times["reduced"][phase], _ratio_of_medians(*both.values(), phase))
+        for phase in PHASES
+        if phase != "selection"
+    }
+    return Profile(len(inputs["input_ids"]), new_tokens, rounds, candidates, **both, ratios=ratios)
+
+
+def count_steps(model: nn.Module, rounds: int, warmup: int = 1) -> int:
+    """How often `profile` calls its ``step``: each attention backend thrice, then both sides, then their memory."""
+    return 3 * len(available_attention(model)) + 2 * (rounds + warmup) + 2
+
+
+def _ratio_of_medians(unpruned: Side, reduced: Side, phase: str) -> float:
+    return unpruned.milliseconds[phase].median / max(reduced.milliseconds[phase].median, 1e-9)
 
 
 def _run(model: nn.Module, chosen: tuple[Reducer | None, str], inputs: Mapping[str, Any], new_tokens: int) -> Run:

@@ -14,6 +14,7 @@ from torch import nn
 from vtoken.compat import cache_of
 from vtoken.engine.cache import cache_bytes
 from vtoken.profile.clock import now, vision_clock
+from vtoken.profile.spread import Ratio
 from vtoken.reducers.base import Reducer
 from vtoken.wrapping import reduce
 
@@ -27,8 +28,8 @@ class PrefillCost:
     prefill_ms, unpruned_ms : float
         Forward pass without the vision encoding of the unpruned model: language model, selection, and whatever a
         reducer adds to the vision tower.
-    speedup : float
-        Median over the pairs of unpruned / reduced.
+    speedup, speedup_low, speedup_high : float
+        Median and quartiles over the pairs of unpruned / reduced, see `vtoken.profile.Ratio`.
     kv_bytes, unpruned_kv_bytes : float
         Keys and values held after the prefill, per prompt.
     vision_ms : float
@@ -40,6 +41,8 @@ class PrefillCost:
     prefill_ms: float
     unpruned_ms: float
     speedup: float
+    speedup_low: float
+    speedup_high: float
     kv_bytes: float
     unpruned_kv_bytes: float
     vision_ms: float
@@ -86,10 +89,13 @@ def measure_prefill(
                 reduced.append(reduced_ms)
                 encode.append(vision.milliseconds)
     rows, vision_ms = len(inputs["input_ids"]), median(encode)
+    ratio = Ratio.of([w - vision_ms for w in whole], [r - vision_ms for r in reduced])
     return PrefillCost(
         prefill_ms=median(reduced) - vision_ms,
         unpruned_ms=median(whole) - vision_ms,
-        speedup=median((w - vision_ms) / max(r - vision_ms, 1e-6) for w, r in zip(whole, reduced, strict=True)),
+        speedup=ratio.value,
+        speedup_low=ratio.low,
+        speedup_high=ratio.high,
         kv_bytes=reduced_kv / rows,
         unpruned_kv_bytes=plain_kv / rows,
         vision_ms=vision_ms,
