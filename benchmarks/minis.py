@@ -7,6 +7,8 @@ ratio, document by document; p-values are corrected over all rows of a model (Ho
 
     python benchmarks/minis.py --executor ray
     python benchmarks/minis.py --executor ray --only mini-qwen2.5-vl   # after a change of that model; others stay
+    python benchmarks/minis.py --executor ray --reducers mmtok apet    # new ones; the rows of others stay
+    python benchmarks/minis.py --executor ray --sweeps minis-repair --out benchmarks/results/repair.json
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ CLAIMED = (
 )
 """A later method and an earlier one, over which it would be claimed to be ahead."""
 CLAIMED_AT = (0.25, 0.1)
+REPAIRED = " (repair=True)"
 
 Key = tuple[str, str, Any]
 
@@ -65,11 +68,13 @@ def pooled(runs: list[Run]) -> tuple[list[float], list[str], list[str]]:
 
 
 def claims(groups: dict[Key, list[Run]]) -> list[dict[str, Any]]:
-    """Every pair of `CLAIMED` on every model, question by question."""
+    """Every pair of `CLAIMED`, and what is repaired over what is not, on every model, question by question."""
     found = []
+    repaired = dict.fromkeys(name for _, name, _ in groups if name.endswith(REPAIRED))
+    pairs = (*CLAIMED, *((name, name.removesuffix(REPAIRED)) for name in repaired))
     for model in dict.fromkeys(key[0] for key in groups):
         for keep in CLAIMED_AT:
-            for new, old in CLAIMED:
+            for new, old in pairs:
                 (ours, pictures, asked), (theirs, _, same) = (pooled(groups[model, name, keep]) for name in (new, old))
                 if asked and asked == same:
                     test = paired(ours, theirs, pictures)
@@ -115,7 +120,11 @@ def read(folders: list[Path]) -> dict[Key, list[Run]]:
 def summary(groups: dict[Key, list[Run]]) -> list[dict[str, Any]]:
     """Rows by model."""
     finished = {key: [run for run in runs if run.samples] for key, runs in groups.items()}
-    rows = [row_of(key, runs, groups) for key, runs in finished.items() if runs]
+    return corrected([row_of(key, runs, groups) for key, runs in finished.items() if runs])
+
+
+def corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with p-values corrected over all of a model (Holm)."""
     for model in {row["model"] for row in rows}:
         for name in ("versus_random", "versus_unpruned"):
             found = [row[name] for row in rows if row["model"] == model and name in row]
@@ -131,13 +140,18 @@ def rounded(value: Any) -> Any:
     return round(value, DIGITS) if isinstance(value, float) else value
 
 
-def sweep_of(name: str, only: list[str], folder: Path) -> str | None:
-    """What ``vtoken sweep`` runs: a shipped sweep, or a copy of it with some of its models; None if it has none."""
-    if not only:
+def sweep_of(name: str, only: list[str], reducers: list[str], folder: Path) -> str | None:
+    """What ``vtoken sweep`` runs: a shipped sweep, or a copy of it with some of its models and reducers, and `RANDOM`.
+
+    None if it has none of them.
+    """
+    if not only and not reducers:
         return name
     settings = yaml.safe_load((files("vtoken.configs") / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8"))
-    settings["models"] = [model for model in settings["models"] if model in only]
-    if not settings["models"]:
+    settings["models"] = [model for model in settings["models"] if model in only or not only]
+    if reducers:
+        settings["reducers"] = [one for one in settings["reducers"] if one in (RANDOM, *reducers)]
+    if not settings["models"] or settings["reducers"] == [RANDOM]:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
@@ -145,16 +159,30 @@ def sweep_of(name: str, only: list[str], folder: Path) -> str | None:
     return str(path)
 
 
-def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """A new report, and what an older one holds of other models; claims are corrected over all models (Holm)."""
+def merged(new: dict[str, Any], old: dict[str, Any], reducers: list[str]) -> dict[str, Any]:
+    """A new report, and what an older one holds of other models and reducers, corrected over all of them (Holm)."""
     models = {row["model"] for row in new["rows"]}
+
+    def stays(row: dict[str, Any]) -> bool:
+        return row["model"] not in models or bool(reducers and row["reducer"] not in reducers)
+
+    known = [row for row in old.get("rows", []) if stays(row)]
+    have = {(row["model"], row["reducer"], row["keep"]): row for row in known}
+    for row in new["rows"]:
+        key = row["model"], row["reducer"], row["keep"]
+        if key not in have:
+            known.append(row)
+        elif rounded(row["accuracy"]) != have[key]["accuracy"]:
+            raise SystemExit(f"{key} answers otherwise than in the report: run all reducers of that model again.")
+    claims = new["claims"] if not reducers else []
     report = {
-        name: sorted(
-            [part for part in old.get(name, []) if part["model"] not in models] + new[name], key=itemgetter("model")
-        )
-        for name in ("rows", "claims")
+        "rows": corrected(sorted(known, key=itemgetter("model"))),
+        "claims": sorted(
+            [one for one in old.get("claims", []) if reducers or one["model"] not in models] + claims,
+            key=itemgetter("model"),
+        ),
+        "made_with": {**old.get("made_with", {}), **({} if reducers else new["made_with"])},
     }
-    report["made_with"] = {**old.get("made_with", {}), **new["made_with"]}
     for claim, p in zip(report["claims"], holm([claim["p_value"] for claim in report["claims"]]), strict=True):
         claim["adjusted"] = p
     return report
@@ -166,18 +194,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("vtoken-results/minis"), help="of the cells")
     parser.add_argument("--executor", default="local")
     parser.add_argument("--only", nargs="+", default=[], metavar="MODEL", help="the rows of other models stay")
+    parser.add_argument("--reducers", nargs="+", default=[], metavar="NAME", help="the rows of others stay")
+    parser.add_argument("--sweeps", nargs="+", default=SWEEPS, metavar="NAME", help="shipped ones")
     parser.add_argument("--summary-only", action="store_true", help="run nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    for sweep in () if args.summary_only else SWEEPS:
-        if (chosen := sweep_of(sweep, args.only, args.folder)) is not None:
+    for sweep in () if args.summary_only else args.sweeps:
+        if (chosen := sweep_of(sweep, args.only, args.reducers, args.folder)) is not None:
             command = ["vtoken", "sweep", chosen, "--out", str(args.folder / sweep), "--executor", args.executor]
             subprocess.run(command, check=False)  # failed cells are in the summary
     groups = read(sorted(folder for folder in args.folder.iterdir() if folder.is_dir()))
     found = summary(groups)
     made_with = dict.fromkeys((row["model"] for row in found), surroundings())
     new = {"rows": found, "claims": claims(groups), "made_with": made_with}
-    report = merged(new, json.loads(args.out.read_text()) if args.only else {})
+    old = json.loads(args.out.read_text()) if args.only or args.reducers else {}
+    report = merged(new, old, args.reducers)
     rows, tests = (",\n".join(json.dumps(rounded(one)) for one in report[name]) for name in ("rows", "claims"))
     made = json.dumps(report["made_with"])
     args.out.write_text(f'{{"rows": [\n{rows}\n],\n"claims": [\n{tests}\n],\n"made_with": {made}}}\n')

@@ -15,6 +15,7 @@ What stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is generated
 - ``again``: weights of a second training beside the shipped ones;
 - ``speed/NAME``: docs/speed.md, one benchmark each (``speed_tables.py``);
 - ``minis/NAME``: ``benchmarks/results/minis.json``, all embedded models (``minis_tables.py``);
+- ``repair/claims``: ``benchmarks/results/repair.json``, pruning with and without repair;
 - ``NAME``: ``benchmarks/results/NAME.json``, a ``results.json`` of ``vtoken compare``;
 - ``NAME/kinds``, ``NAME/note``: the same file, accuracy by kind of question, and how it was made;
 - ``NAME/short``: the same file, unpruned and the lowest keep ratio but one;
@@ -60,10 +61,10 @@ def catalogue() -> str:
     """The reducers, with links to their papers."""
     rows = []
     for name in list_reducers():
-        _, stages, needs, paper, summary = describe(reducer_class(name))
+        _, stages, needs, servable, paper, summary = describe(reducer_class(name))
         link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "control"
-        rows.append((f"`{name}`", summary, stages, needs, link))
-    return markdown(("reducer", "what it does", "acts", "needs", "paper"), rows, text_columns=5)
+        rows.append((f"`{name}`", summary, stages, needs, servable, link))
+    return markdown(("reducer", "what it does", "acts", "needs", "servable", "paper"), rows, text_columns=6)
 
 
 def families(report: dict) -> str:
@@ -242,7 +243,7 @@ def table(name: str, results: Path) -> str:
     if file == "speed" and part in TABLES:
         return speed(part, results)
     path = results / f"{file}.json"
-    if file == "minis" and path.is_file():
+    if file in ("minis", "repair") and path.is_file():
         return minis(part, json.loads(path.read_text()))
     if part not in ("", "kinds", "note", "ranking", "short", "tried") or not path.is_file():
         raise SystemExit(f"A file asks for table:{name}, but there is no {path} for it.")

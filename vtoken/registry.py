@@ -88,9 +88,11 @@ def _from_mapping(spec: Mapping[str, Any], params: Mapping[str, Any]) -> Reducer
         from vtoken.reducers.chain import Chain
 
         stages = [get_reducer(stage) for stage in spec.pop("stages", [])]
-        if spec or params:
-            raise ValueError(f"Unknown parameter {sorted({**spec, **params})[0]!r} of a chain: it takes stages.")
-        return Chain(stages)
+        given = {**spec, **params}
+        repair = given.pop("repair", False)
+        if given:
+            raise ValueError(f"Unknown parameter {sorted(given)[0]!r} of a chain: it takes stages and repair.")
+        return Chain(stages, repair=repair)
     return _build(name, {**spec, **params})
 
 

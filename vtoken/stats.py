@@ -35,12 +35,15 @@ class Stats:
         Decoder layers.
     prompt : mapping
         What tells the prompt from others: its ``input_ids``, and numbers of its pixels by modality.
+    reducer : str
+        Name and parameters of the reducer.
     """
 
     tokens: Tensor
     rows: Tensor
     depth: int
     prompt: Mapping[str, Tensor] = field(default_factory=dict)
+    reducer: str = ""
     selection_seconds: float = 0.0
     """Host time spent in the session before the language model and at layers (kernels may still run on a GPU)."""
     sources: list[tuple[int, Tensor]] = field(default_factory=list)

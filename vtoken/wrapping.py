@@ -15,6 +15,7 @@ from torch import nn
 
 from vtoken import compat
 from vtoken.adapters import Adapter, adapter_for, untested
+from vtoken.defaults import default_reducers
 from vtoken.engine.session import Session
 from vtoken.reducers.base import Reducer
 from vtoken.registry import get_reducer
@@ -60,7 +61,7 @@ def session_of(model: nn.Module) -> Session | None:
 
 def wrap(
     model: Model,
-    reducer: str | Mapping[str, Any] | Path | Reducer,
+    reducer: str | Mapping[str, Any] | Path | Reducer | None = None,
     *,
     positions: str = "keep",
     backend: str = "drop",
@@ -73,8 +74,9 @@ def wrap(
     model : nn.Module
         A model that `vtoken.adapters` knows, also one without a head (``AutoModel``), compiled, or inside of
         DistributedDataParallel. It is changed in place, by hooks.
-    reducer : str, mapping, Path or Reducer
-        See `vtoken.get_reducer`.
+    reducer : str, mapping, Path or Reducer, optional
+        See `vtoken.get_reducer`. Without one, what did best at this ``keep`` in the project's comparison, on this
+        family if it was measured (`vtoken.defaults`); ``vtoken.stats(model).reducer`` says which it was.
     positions : {"keep", "compact", "paper"}
         Keep the original position ids of kept tokens, renumber them, or do what the reducer's authors do.
     backend : {"drop", "mask"}
@@ -104,19 +106,32 @@ def wrap(
     compat.warn_if_untested(2)
     if (active := session_of(model)) is not None:
         raise ValueError(f"The model is wrapped already, with {active.reducer}: call vtoken.unwrap(model) first.")
-    built = get_reducer(reducer, **params)
     if positions not in POSITIONS:
         raise ValueError(f"positions={positions!r} is unknown: choose one of {', '.join(POSITIONS)}.")
-    if positions == "paper":
-        positions = built.positions
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}.")
     adapter = _adapter_of(inside(model))
     if (advice := untested(adapter)) is not None:
         warnings.warn(advice, stacklevel=2)
-    session = Session(adapter, built, positions, backend)
+    session = _session(adapter, reducer, params, positions, backend)
     _attach(inside(model), session)
     return model
+
+
+def _session(adapter: Adapter, reducer: Any, params: dict[str, Any], positions: str, backend: str) -> Session:
+    """With the given reducer, or the first default one that serves the model."""
+
+    def of(spec: Any) -> Session:
+        built = get_reducer(spec, **params)
+        return Session(adapter, built, built.positions if positions == "paper" else positions, backend)
+
+    if reducer is not None:
+        return of(reducer)
+    *better, last = default_reducers(adapter.model.config.model_type, params.get("keep"))
+    for name in better:
+        with contextlib.suppress(NotImplementedError):
+            return of(name)
+    return of(last)
 
 
 def _adapter_of(model: nn.Module) -> Adapter:
@@ -167,7 +182,9 @@ def unwrap(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def reduce(model: Model, reducer: str | Mapping[str, Any] | Path | Reducer, **kwargs: Any) -> Iterator[Model]:
+def reduce(
+    model: Model, reducer: str | Mapping[str, Any] | Path | Reducer | None = None, **kwargs: Any
+) -> Iterator[Model]:
     """`wrap` for the duration of a ``with`` block.
 
     >>> with vtoken.reduce(model, vtoken.IDPruner(keep=0.25)):  # doctest: +SKIP

@@ -44,10 +44,17 @@ def test_lists_by_pattern():
 
 @pytest.mark.parametrize("name", vtoken.list_reducers())
 def test_every_reducer_describes_itself(name):
-    _, stages, _, paper, summary = describe(vtoken.registry.reducer_class(name))
+    _, stages, _, servable, paper, summary = describe(vtoken.registry.reducer_class(name))
     assert stages
+    assert servable in ("yes", "no")
     assert summary.endswith(".")
     assert paper == "" or paper[4] == "."
+
+
+def test_servable_are_those_that_choose_from_a_picture_alone():
+    told = {name: describe(vtoken.registry.reducer_class(name))[3] for name in vtoken.list_reducers()}
+    assert {told[name] for name in ("divprune", "visionzip", "zooprune", "idpruner", "tome")} == {"yes"}
+    assert {told[name] for name in ("cdpruner", "mmtok", "fastv", "pixelprune", "downsample", "yopo", "aim")} == {"no"}
 
 
 def test_lists_every_bundled_task():

@@ -30,13 +30,19 @@ SEEN = {"before_tower": "pixels", "thin_tower": "tower states"}
 _DEPTH = 32  # of the decoder that reducers are asked about
 
 
-def describe(cls: type[Reducer]) -> tuple[str, str, str, str, str]:
-    """Name, stages, needs, paper and summary of a reducer."""
+def describe(cls: type[Reducer]) -> tuple[str, str, str, str, str, str]:
+    """Name, stages, needs, whether a server could use it, paper and summary of a reducer."""
     example = _example(cls)
     if example is None:
-        return cls.name, "as its stages", "what its stages need", cls.paper, cls.summary
+        return cls.name, "as its stages", "what its stages need", "", cls.paper, cls.summary
     stages = ", ".join(STAGES[stage] for stage in example.stages)
-    return cls.name, stages, ", ".join(needs(example)) or "nothing", cls.paper, cls.summary
+    serves = "yes" if can_serve(example) else "no"
+    return cls.name, stages, ", ".join(needs(example)) or "nothing", serves, cls.paper, cls.summary
+
+
+def can_serve(reducer: Reducer) -> bool:
+    """Whether it chooses from one encoded picture alone, which an inference server keeps for any prompt to come."""
+    return reducer.stages == ("before_llm",) and not reducer.uses_text and reducer.resampler is None
 
 
 def needs(reducer: Reducer) -> list[str]:

@@ -52,6 +52,9 @@ class Pruned:
         Tokens of the sequence that the layer does not hold (dynamic layers).
     buffer : Tensor or None
         Static layers: ``valid`` over the whole buffer, a shape that stays from prompt to prompt.
+    worth : Tensor or None
+        (B, n) float: what attention adds to the logits of each column, where pruning is repaired; over the whole buffer
+        in static layers.
     """
 
     valid: Tensor
@@ -63,11 +66,12 @@ class Pruned:
     alone: bool = False
     dropped: int = 0
     buffer: Tensor | None = None
+    worth: Tensor | None = None
 
     def rows(self, take: Callable[[Tensor], Tensor]) -> Pruned:
         """The same with its batch rows taken by ``take``."""
-        shift, buffer = (None if x is None else take(x) for x in (self.shift, self.buffer))
-        return replace(self, valid=take(self.valid), place=take(self.place), shift=shift, buffer=buffer)
+        some = {name: take(x) for name in ("shift", "buffer", "worth") if (x := getattr(self, name)) is not None}
+        return replace(self, valid=take(self.valid), place=take(self.place), **some)
 
 
 class _PrunedLayer(CacheLayerMixin):
@@ -179,6 +183,7 @@ class _VirtualLayer(_PrunedLayer):
             self.pruned,
             valid=valid,
             place=gather(self.pruned.place, index),
+            worth=None if self.pruned.worth is None else gather(self.pruned.worth, index),
             full=full,
             alone=self.pruned.alone and full,
             dropped=length - index.shape[1],
@@ -211,8 +216,9 @@ def remember(cache: Cache, index: int, pruned: Pruned) -> None:
     """Make layer ``index`` a pruned one that remembers ``pruned``."""
     layer: Any = cache.layers[index]
     if isinstance(layer, StaticLayer):
-        n = pruned.valid.shape[1]
-        pruned = replace(pruned, alone=False, buffer=pad(pruned.valid, (0, layer.max_cache_len - n), value=True))
+        free = layer.max_cache_len - pruned.valid.shape[1]
+        worth = None if pruned.worth is None else pad(pruned.worth, (0, free))
+        pruned = replace(pruned, alone=False, buffer=pad(pruned.valid, (0, free), value=True), worth=worth)
     if not isinstance(layer, _PrunedLayer):
         layer.__class__ = _pruned_class(type(layer))
     layer.pruned = pruned

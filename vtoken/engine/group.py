@@ -36,6 +36,8 @@ class Group:
         (B, n) bool: real tokens that are no placeholder; they always stay.
     view : View
         The prompts in this sequence.
+    worth : Tensor or None
+        (B, n) float: log of how many tokens each one stands for, where that is repaired; 0 for text and padding.
     """
 
     start: int
@@ -46,6 +48,7 @@ class Group:
     slot: Tensor
     text: Tensor
     view: View
+    worth: Tensor | None = None
 
     @classmethod
     def whole(cls, prompt: Prompt) -> Group:
@@ -61,8 +64,17 @@ class Group:
             return self
         names = ("index", "relative", "valid", "item", "slot", "text")
         row, index = (None if x is None else x.to(device) for x in (self.view.row, self.view.index))
-        view = View(row, index, self.view.valid.to(device))
-        return replace(self, view=view, **{name: getattr(self, name).to(device) for name in names})
+        view, worth = (
+            View(row, index, self.view.valid.to(device)),
+            None if self.worth is None else self.worth.to(device),
+        )
+        return replace(self, view=view, worth=worth, **{name: getattr(self, name).to(device) for name in names})
+
+    def weighing(self, counts: Tensor | None) -> Group:
+        """The same, whose tokens stand for so many (I, N)."""
+        if counts is None:
+            return self
+        return replace(self, worth=spread(counts.clamp(min=1).log().to(self.item.device), self.item, self.slot))
 
     @property
     def visual(self) -> Tensor:

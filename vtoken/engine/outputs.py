@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vtoken import compat
 from vtoken.engine import cache as kv
+from vtoken.engine import repair
 from vtoken.engine.positions import shift_of
 from vtoken.ops.ragged import restore
 
@@ -83,9 +84,10 @@ def remember(prefill: Prefill, cache: Cache) -> None:
             valid, place = _columns(prefill, cache, layer, group, old)
             dropped = 0 if prefill.hide else prefill.length - group.index.shape[1]
             dropped += 0 if old is None else old.dropped
-            known[name] = kv.Pruned(valid, place, shift, name, bool(valid.all()), dropped=dropped)
+            worth = _worth(cache, layer, group, valid.shape[1])
+            known[name] = kv.Pruned(valid, place, shift, name, bool(valid.all()), dropped=dropped, worth=worth)
     uniform = len(known) == 1
-    alone = uniform and shift is None and all(one.full for one in known.values())
+    alone = uniform and shift is None and all(one.full and one.worth is None for one in known.values())
     for layer, name in names.items():
         # safe: the layer has its keys and values already, and nobody reads it before the pass is over
         kv.remember(cache, layer, replace(known[name], uniform=uniform, alone=alone))
@@ -101,6 +103,15 @@ def _shift(prefill: Prefill, cache: Cache) -> Tensor | None:
     if old is None:
         return new
     return old if new is None else new + old
+
+
+def _worth(cache: Cache, layer: int, group: Group, columns: int) -> Tensor | None:
+    """What attention adds to the logits of every column that the layer holds now; None where nothing is repaired."""
+    old = kv.pruned_of(cache, layer)
+    if group.worth is None and (old is None or old.worth is None):
+        return None
+    new = torch.zeros_like(group.index, dtype=torch.float32) if group.worth is None else group.worth
+    return torch.cat([repair.past_columns(cache, layer, new)[:, : columns - new.shape[1]], new], 1)
 
 
 def _columns(prefill: Prefill, cache: Cache, layer: int, group: Group, old: kv.Pruned | None) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vtoken.context import Attention, Cut, VisualContext
 from vtoken.engine import cache as kv
+from vtoken.engine import repair
 from vtoken.engine.group import Group, rows_left
 from vtoken.engine.masks import Visibility, check_flash_window, layer_type
 from vtoken.engine.positions import given_or_counted, renumbered, shift_of
@@ -52,10 +53,19 @@ class Prefill:
         See `vtoken.Reducer.newlines`.
     hide : bool
         True hides tokens by masks instead of dropping them (the oracle of the tests).
+    repairs : bool
+        Whether kept tokens weigh as much as those that they stand for, see `vtoken.engine.repair`.
     """
 
     def __init__(
-        self, adapter: Adapter, prompt: Prompt, visibility: Visibility, embeds: Tensor, newlines: str, hide: bool
+        self,
+        adapter: Adapter,
+        prompt: Prompt,
+        visibility: Visibility,
+        embeds: Tensor,
+        newlines: str,
+        hide: bool,
+        repairs: bool = False,
     ) -> None:
         self.adapter, self.prompt, self.visibility, self.hide = adapter, prompt, visibility, hide
         self.past, self.length = visibility.past, prompt.real.shape[1]
@@ -65,6 +75,10 @@ class Prefill:
         self.groups: tuple[Group, ...] = (first,)
         self.context = prompt.context(embeds, first.view, adapter, newlines)
         self.left = self.context.valid  # (I, N) bool: tokens of the items that are left; changed by `_advance`
+        self.counts = self.left.float() if repairs else None  # (I, N): tokens each one stands for; as `left`
+        self.places = (
+            first.index
+        )  # (B, n) positions, of several axes that of time; set with the language model's arguments
         self._shown = first  # the group whose context is at hand
         self.masks: dict[tuple[int, str], Any] = {}  # by group and kind of layer: a memo, never read for anything else
 
@@ -89,7 +103,8 @@ class Prefill:
             check_flash_window(self.adapter, 0, self.past + self.length)
         if not nothing and self.hide:
             kwargs = {**kwargs, "attention_mask": self.visibility.after_hiding(keep, full)}
-            self.groups = (group.hiding(0, keep, self.prompt),)  # no layer has run: the first group is replaced
+            hiding = group.hiding(0, keep, self.prompt)
+            self.groups = (hiding.weighing(self.counts),)  # no layer has run: the first group is replaced
         elif not nothing:
             kwargs = self._drop(keep, kwargs, full)
         elif kv.pruned_of(self.visibility.cache) is not None and not isinstance(kwargs.get("attention_mask"), Mapping):
@@ -99,13 +114,17 @@ class Prefill:
             self.renumbered = True  # before the language model sees the new ids
             kwargs = {**kwargs, "position_ids": renumbered(self.prompt, self.group.valid, given, self.past, shift)}
         self._show(None)
+        if self.counts is not None:
+            ids = given_or_counted(kwargs.get("position_ids"), self.past, self.length, full.device)
+            self.places = (ids[-3] if ids.dim() == 3 else ids).expand(self.group.index.shape)
         return kwargs
 
     def _drop(self, keep: Tensor, kwargs: dict[str, Any], full: Tensor) -> dict[str, Any]:
         # A row may be cut although the tensor does not shrink (its longest row has no image): it is re-aligned too.
         index, valid = compact(keep)
         self.moved = True
-        self.groups = (self.group.taken(0, index, valid, self.prompt, first=True),)  # no layer has run: replaced
+        taken = self.group.taken(0, index, valid, self.prompt, first=True)
+        self.groups = (taken.weighing(self.counts),)  # no layer has run: replaced
         position_ids = given_or_counted(kwargs.get("position_ids"), self.past, self.length, index.device)
         embeds = gather(kwargs["inputs_embeds"], index)
         return {
@@ -148,12 +167,17 @@ class Prefill:
             index, valid = compact(keep)
             hidden = gather(hidden, index)
             group = group.taken(layer, index, valid, self.prompt)
-        self.groups = (*self.groups, group)  # layers before this one have run on the earlier groups
+        self.groups = (
+            *self.groups,
+            group.weighing(self.counts),
+        )  # layers before this one have run on the earlier groups
         self._show(None)
         return hidden
 
     def _advance(self, cut: Cut) -> None:
         """The reducer's context after its answer, apart from the sequence, which `_show` takes from the group."""
+        if self.counts is not None:
+            self.counts = repair.stands_for(self.context, cut, self.counts)
         self.left = self.left.to(cut.keep.device) & self.context.kept(cut)
         notes = {**self.context.notes, **cut.notes}
         sizes = self.context.sizes if cut.sizes is None else cut.sizes
@@ -188,6 +212,14 @@ class Prefill:
 
     def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Mask, rotary tables and position ids of the group that the layer works on."""
+        kwargs = self._own_kwargs(layer, hidden, kwargs)
+        if self.group.worth is None or not self.adapter.has_attention(self.adapter.layers[layer]):
+            return kwargs
+        if (key := (len(self.groups), f"weighed {layer_type(self.adapter, layer)}")) not in self.masks:
+            self.masks[key] = repair.weighed_prefill(self, layer, hidden, kwargs.get("attention_mask"))
+        return {**kwargs, "attention_mask": self.masks[key]}
+
+    def _own_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         if len(self.groups) == 1:
             if self.moved and kwargs.get("position_ids") is not None and self.visibility.flash:
                 # used to detect packed sequences, which gaps are not

@@ -89,7 +89,8 @@ class Running:
         forward = self.session.forward
         if forward is None or forward.kinds is None or not forward.records:
             pruned = kv.pruned_of(kwargs.get("past_key_values"))
-            self.watch_layers(pruned is not None and (self.work.slides or not pruned.uniform))
+            own = pruned is not None and (self.work.slides or not pruned.uniform or pruned.worth is not None)
+            self.watch_layers(own)
             return args, gone_on(kwargs)
         return args, self._begin(forward, kwargs)
 
@@ -107,10 +108,11 @@ class Running:
         visibility = masks.Visibility(self.adapter, kwargs, cache, real, prompt.document, past)
         hide = session.backend == "mask"
         shown = self.adapter.shown(kwargs)
-        prefill = Prefill(self.adapter, prompt, visibility, shown, session.reducer.newlines, hide)
+        repairs = session.reducer.repair
+        prefill = Prefill(self.adapter, prompt, visibility, shown, session.reducer.newlines, hide, repairs)
         forward.prefill = prefill  # the layers' hooks act from here on
         ctx = prefill.context
-        stats = Stats(ctx.tokens, prompt.placed.row, self.work.depth, forward.asked)
+        stats = Stats(ctx.tokens, prompt.placed.row, self.work.depth, forward.asked, str(session.reducer))
         session.report(stats)
         if session.reader.cutter is not None:
             stats.from_tower = ctx.valid.sum(1)
@@ -148,7 +150,7 @@ class Running:
         return Prompt.of(placed, real, document, behind)
 
     def _prepare_layers(self, forward: Forward, prefill: Prefill, kwargs: dict[str, Any]) -> None:
-        self.watch_layers(prefill.moved or bool(self.work.layers))
+        self.watch_layers(prefill.moved or bool(self.work.layers) or prefill.counts is not None)
         for layer, rows in self.work.taps.items():
             compat.check_checkpointing(self.adapter.layers[layer], "decoder")
             block = self.adapter.attention(self.adapter.layers[layer])
@@ -160,7 +162,7 @@ class Running:
     def _whole(self, kinds: Any, records: Any, real: Tensor, asked: dict[str, Tensor]) -> Stats:
         """Statistics of a prefill that nothing was dropped from."""
         placed = place(self.adapter, kinds, records, real)
-        stats = Stats(placed.table.tokens, placed.row, self.work.depth, asked)
+        stats = Stats(placed.table.tokens, placed.row, self.work.depth, asked, str(self.session.reducer))
         stats.add_group(0, placed.valid, None)
         return stats
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vtoken.adapters.base import BETWEEN, HIDING, KEPT_POSITIONS, READING
-from vtoken.engine.masks import WINDOWS, layer_type
+from vtoken.engine.masks import FULL, WINDOWS, layer_type
+from vtoken.engine.repair import check_backend, frequencies
 from vtoken.light import LightLayer
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class Work:
         limits, name = adapter.limits, type(adapter.model).__name__
         if self.idle:
             return
+        if reducer.repair is not False:
+            self._check_repair(adapter, reducer)
         if backend == "mask" and HIDING in limits:
             raise NotImplementedError(f"{name} {limits[HIDING]}: use backend='drop'.")
         if positions == "keep" and KEPT_POSITIONS in limits:
@@ -123,3 +126,24 @@ class Work:
                 f"{name} {limits[READING]}, so that {reducer.name!r} cannot read it: use a reducer that reads no "
                 "decoder attention."
             )
+
+    def _check_repair(self, adapter: Adapter, reducer: Reducer) -> None:
+        """Refuse what `vtoken.engine.repair` cannot do, or what leaves it nothing to do."""
+        if reducer.repair is not True:
+            raise ValueError(f"repair={reducer.repair!r} of reducer {reducer.name!r} is neither True nor False.")
+        name, limits = type(adapter.model).__name__, adapter.limits
+        if reducer.cutter is not None or self.light or not {"before_llm", "in_llm"} & {*reducer.stages}:
+            raise NotImplementedError(
+                f"repair=True counts tokens that go before or inside of the decoder for those that stay, and "
+                f"{reducer.name!r} works otherwise: leave repair out, or use a reducer that only drops or merges there."
+            )
+        if BETWEEN in limits:
+            raise NotImplementedError(f"{name} {limits[BETWEEN]}, which repair=True needs: leave repair out.")
+        for kind in dict.fromkeys(self.kinds):
+            if kind in (FULL, *WINDOWS):
+                frequencies(adapter, kind)
+            elif "linear" not in kind:
+                raise NotImplementedError(
+                    f"{name} has layers of the kind {kind!r}, whose masks hold no logits: leave repair out."
+                )
+        check_backend(adapter)

@@ -38,7 +38,15 @@ HOOKS = {
 
 @dataclass(frozen=True)
 class Reducer:
-    """A visual-token reducer."""
+    """A visual-token reducer.
+
+    Parameters
+    ----------
+    repair : bool
+        Whether a kept token weighs as much in attention as the tokens that it stands for, see `vtoken.engine.repair`.
+    """
+
+    repair: bool = dataclasses.field(default=False, kw_only=True)
 
     name: ClassVar[str] = ""
     """Registered name; set by `vtoken.registry.register`."""
@@ -166,7 +174,10 @@ class Reducer:
 
     def config(self) -> dict[str, Any]:
         """Name and parameters: the mapping from which `vtoken.get_reducer` builds the same reducer."""
-        return {"reducer": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}}
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        if not given["repair"]:  # an option of all reducers, and not of what they are
+            del given["repair"]
+        return {"reducer": self.name, **given}
 
     def __str__(self) -> str:
         """Name, budget, and what differs from the defaults."""

@@ -32,6 +32,8 @@ class Chain(Reducer):
     ----------
     reducers : sequence of Reducer
         At least one.
+    repair : bool
+        As that of any reducer; so does a chain one of whose stages repairs.
 
     Raises
     ------
@@ -58,6 +60,7 @@ class Chain(Reducer):
                 raise ValueError(f"Chain stage {stage!r} is no reducer: build it first, get_reducer({stage!r}).")
         self._check_order()
         before = [stage for stage in stages if "before_llm" in stage.stages] or list(stages)
+        self._set("repair", self.repair or any(stage.repair for stage in stages))
         self._set("newlines", "keep" if all(stage.newlines == "keep" for stage in before) else "drop")
         self._set("positions", "compact" if all(stage.positions == "compact" for stage in stages) else "keep")
         self._set("uses_text", any(stage.uses_text for stage in stages))
@@ -171,10 +174,12 @@ class Chain(Reducer):
         return _compose(ctx, [lambda ctx, stage=stage: stage.at_layer(layer, ctx) for stage in acting])
 
     def config(self) -> dict[str, Any]:
-        return {"reducer": self.name, "stages": [stage.config() for stage in self.reducers]}
+        more = {"repair": True} if self.repair else {}
+        return {"reducer": self.name, "stages": [stage.config() for stage in self.reducers], **more}
 
     def __str__(self) -> str:
-        return " > ".join(str(stage) for stage in self.reducers)
+        repair = self.repair and not any(stage.repair for stage in self.reducers)
+        return " > ".join(str(stage) for stage in self.reducers) + (",repair=True" if repair else "")
 
 
 def _compose(ctx: VisualContext, steps: Sequence[Any]) -> Cut | None:
