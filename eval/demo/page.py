@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's page: what is on it, and what happens where. It knows Gradio, and of models only `Asking`."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from vtoken.eval.demo.asking import Asking, Compared, examples, summary
+from vtoken.eval.show.sheet import LEGEND, captions
+from vtoken.eval.show.visuals import read_picture
+from vtoken.registry import list_reducers
+
+REDUCER, KEEP = "idpruner", 0.25
+FONTS = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]  # the browser's own: no page fetches them
+THEME = gr.themes.Soft(primary_hue="teal", font=FONTS, font_mono=[gr.themes.Font("monospace")])
+COLOURS = {"kept": "#0d9488", "dropped": "#cbd5e1"}
+DAY = 86400  # seconds after which uploaded pictures are deleted, if the server does not end before
+INTRO = """# What does {name} need to see?
+The model answers twice: with all visual tokens of the picture, and with those that a reducer keeps."""
+
+
+def build(asking: Asking, folder: Path) -> gr.Blocks:
+    """The page of a model; pictures of the examples are written to ``folder``."""
+    offered = examples(folder)
+    (first, about), *_ = offered
+    title = f"vtoken demo: {asking.name}"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
+        gr.Markdown(INTRO.format(name=asking.name))
+        with gr.Row():
+            with gr.Column(scale=2):
+                picture = gr.Image(first, label="Picture", sources=["upload", "clipboard"], height=300, buttons=[])
+                question = gr.Textbox(about, label="Question")
+                reducer = gr.Dropdown(list_reducers(), value=REDUCER, label="Reducer", info=summary(REDUCER))
+                keep = gr.Slider(0.02, 1, KEEP, step=0.01, label="Keep", info="Share of the visual tokens.")
+                button = gr.Button("Ask", variant="primary")
+            with gr.Column(scale=3):
+                with gr.Row():
+                    unpruned = gr.Textbox(label="Unpruned", interactive=False, lines=2)
+                    pruned = gr.Textbox(label="Pruned", interactive=False, lines=2)
+                with gr.Row():
+                    kept = gr.Image(label="What is kept", interactive=False, height=380, buttons=["fullscreen"])
+                    layers = gr.BarPlot(
+                        x="layer",
+                        y="visual tokens",
+                        color="tokens",
+                        color_map=COLOURS,
+                        title="Visual tokens by decoder layer",
+                        height=380,
+                    )
+                gr.Markdown(LEGEND)
+        found = gr.Examples([list(pair) for pair in offered], [picture, question], label="Examples")
+        _connect(asking, [picture, question, reducer, keep], [unpruned, pruned, kept, layers], button, found)
+    return page
+
+
+def _connect(asking: Asking, given: list[Any], shown: list[Any], button: gr.Button, found: gr.Examples) -> None:
+    """What makes the model answer: one question at a time, whoever asks; the others queue."""
+    _, question, reducer, keep = given
+    # Gradio reads a picture before it calls: a broken one would be its error, with a traceback
+    how: dict[str, Any] = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1}
+
+    def answer(picture: dict[str, Any] | None, question: str, reducer: str, keep: float) -> list[Any]:
+        try:
+            return outcome(asking.compare(_uploaded(picture), question, reducer, keep))
+        except ValueError as error:
+            raise gr.Error(_plain(error), title="This is not possible", print_exception=False) from error
+
+    gr.on([button.click, question.submit], answer, given, shown, api_name="ask", **how)
+    how["api_visibility"] = "private"
+    gr.on([keep.release, reducer.input], answer, given, shown, trigger_mode="always_last", **how)
+    found.load_input_event.then(answer, given, shown, **how)
+    reducer.input(
+        lambda name: gr.Dropdown(info=summary(name)),
+        reducer,
+        reducer,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def _uploaded(picture: dict[str, Any] | None) -> Any:
+    """The picture (PIL, RGB) of what Gradio knows of it: where it put it, and what the user called it."""
+    if picture is None or not picture["path"]:
+        return None
+    return read_picture(Path(picture["path"]), picture["orig_name"] or "The picture")
+
+
+def _plain(text: object) -> str:
+    return html.escape(str(text), quote=False)  # Gradio's messages are HTML
+
+
+def outcome(found: Compared) -> list[Any]:
+    """What is shown of two answers: two texts, a picture and a plot."""
+    before, after = found.unpruned, found.pruned
+    unpruned = gr.Textbox(before.text, info=_times(before.first, before.whole))
+    if after.picture is None:
+        gr.Warning(_plain(after.why), title="The reducer cannot work here")
+        return [unpruned, gr.Textbox("", info=""), None, None]
+    tokens, selection, *_ = captions(after)
+    info = f"{tokens}; {_times(after.first, after.whole)}, of which {selection}"
+    return [unpruned, gr.Textbox(after.answer, info=info), after.picture, by_layer(after.tokens, after.layers)]
+
+
+def _times(first: float, whole: float) -> str:
+    return f"{first:.0f} ms to the first token, {whole:.0f} ms in all"
+
+
+def by_layer(tokens: int, layers: tuple[int, ...]) -> pd.DataFrame:
+    """What the plot shows: for each decoder layer how many of the visual tokens are in it, and how many are not."""
+    rows = [(str(n), count, what) for n, kept in enumerate(layers) for what, count in _split(tokens, kept)]
+    return pd.DataFrame(rows, columns=["layer", "visual tokens", "tokens"])
+
+
+def _split(tokens: int, kept: int) -> list[tuple[str, int]]:
+    return [("kept", kept), ("dropped", tokens - kept)]
