@@ -14,7 +14,7 @@ from vtoken.registry import get_reducer, reducer_class
 if TYPE_CHECKING:
     from pathlib import Path
 
-EXAMPLES = ("attr", "count", "exist", "relation", "read", "describe")
+EXAMPLES = ("attr", "count", "relation", "read", "describe")
 """Tasks of the embedded models' world whose first picture is offered."""
 
 

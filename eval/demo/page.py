@@ -16,9 +16,9 @@ from vtoken.eval.show.visuals import read_picture
 from vtoken.registry import list_reducers
 
 REDUCER, KEEP = "idpruner", 0.25
-FONTS = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]  # the browser's own: no page fetches them
-THEME = gr.themes.Soft(primary_hue="teal", font=FONTS, font_mono=[gr.themes.Font("monospace")])
-COLOURS = {"kept": "#0d9488", "dropped": "#cbd5e1"}
+FONT = gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700))  # comes with Gradio: no page fetches it from elsewhere
+THEME = gr.themes.Soft(primary_hue="teal", font=[FONT, gr.themes.Font("sans-serif")])
+COLOURS = {"kept": "#0d9488", "left out": "#cbd5e1"}
 DAY = 86400  # seconds after which uploaded pictures are deleted, if the server does not end before
 INTRO = """# What does {name} need to see?
 The model answers twice: with all visual tokens of the picture, and with those that a reducer keeps."""
@@ -33,8 +33,9 @@ def build(asking: Asking, folder: Path) -> gr.Blocks:
         gr.Markdown(INTRO.format(name=asking.name))
         with gr.Row():
             with gr.Column(scale=2):
-                picture = gr.Image(first, label="Picture", sources=["upload", "clipboard"], height=300, buttons=[])
+                picture = gr.Image(first, label="Picture", sources=["upload", "clipboard"], height=220, buttons=[])
                 question = gr.Textbox(about, label="Question")
+                found = gr.Examples([list(pair) for pair in offered], [picture, question], visible_columns=[0])
                 reducer = gr.Dropdown(list_reducers(), value=REDUCER, label="Reducer", info=summary(REDUCER))
                 keep = gr.Slider(0.02, 1, KEEP, step=0.01, label="Keep", info="Share of the visual tokens.")
                 button = gr.Button("Ask", variant="primary")
@@ -43,18 +44,18 @@ def build(asking: Asking, folder: Path) -> gr.Blocks:
                     unpruned = gr.Textbox(label="Unpruned", interactive=False, lines=2)
                     pruned = gr.Textbox(label="Pruned", interactive=False, lines=2)
                 with gr.Row():
-                    kept = gr.Image(label="What is kept", interactive=False, height=380, buttons=["fullscreen"])
+                    kept = gr.Image(show_label=False, interactive=False, height=400, buttons=["fullscreen"])
                     layers = gr.BarPlot(
                         x="layer",
                         y="visual tokens",
                         color="tokens",
                         color_map=COLOURS,
                         title="Visual tokens by decoder layer",
-                        height=380,
+                        height=400,
                     )
-                gr.Markdown(LEGEND)
-        found = gr.Examples([list(pair) for pair in offered], [picture, question], label="Examples")
-        _connect(asking, [picture, question, reducer, keep], [unpruned, pruned, kept, layers], button, found)
+                told = gr.Markdown(LEGEND)
+                gr.Markdown("Times are of one run each on this machine; `vtoken profile` measures them.")
+        _connect(asking, [picture, question, reducer, keep], [unpruned, pruned, kept, layers, told], button, found)
     return page
 
 
@@ -96,15 +97,16 @@ def _plain(text: object) -> str:
 
 
 def outcome(found: Compared) -> list[Any]:
-    """What is shown of two answers: two texts, a picture and a plot."""
+    """What is shown of two answers: two texts, a picture, a plot and a line about both."""
     before, after = found.unpruned, found.pruned
     unpruned = gr.Textbox(before.text, info=_times(before.first, before.whole))
     if after.picture is None:
         gr.Warning(_plain(after.why), title="The reducer cannot work here")
-        return [unpruned, gr.Textbox("", info=""), None, None]
+        return [unpruned, gr.Textbox("", info=""), None, None, LEGEND]
+    pruned = gr.Textbox(after.answer, info=_times(after.first, after.whole))
     tokens, selection, *_ = captions(after)
-    info = f"{tokens}; {_times(after.first, after.whole)}, of which {selection}"
-    return [unpruned, gr.Textbox(after.answer, info=info), after.picture, by_layer(after.tokens, after.layers)]
+    told = f"**{tokens}**, {selection}. {LEGEND.capitalize()}."
+    return [unpruned, pruned, after.picture, by_layer(after.tokens, after.layers), told]
 
 
 def _times(first: float, whole: float) -> str:
@@ -118,4 +120,4 @@ def by_layer(tokens: int, layers: tuple[int, ...]) -> pd.DataFrame:
 
 
 def _split(tokens: int, kept: int) -> list[tuple[str, int]]:
-    return [("kept", kept), ("dropped", tokens - kept)]
+    return [("left out", tokens - kept), ("kept", kept)]  # as they are stacked, from the top

@@ -18,14 +18,20 @@ if TYPE_CHECKING:
     from vtoken.eval.demo.asking import Asking
 
 
-def check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened on.
+def check(host: str, port: int) -> None:
+    """Refuse what cannot be served; it takes less time than loading a model.
 
     Raises
     ------
+    MissingExtraError
+        If Gradio is not installed.
     EvalError
-        One sentence.
+        If the address cannot be listened on.
     """
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("The demo", "gradio", "demo") from error
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError) as error:
@@ -66,15 +72,11 @@ def serving(asking: Asking, host: str, port: int, *, share: bool = False) -> Ite
 
     Raises
     ------
-    MissingExtraError
-        If Gradio is not installed.
     EvalError
         If no public address can be had.
     """
-    try:
-        from vtoken.eval.demo.page import THEME, build
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("The demo", str(error.name), "demo") from error
+    from vtoken.eval.demo.page import THEME, build
+
     with tempfile.TemporaryDirectory() as folder:
         page = build(asking, Path(folder))
         try:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vtoken demo``: clicked through in a real browser, asked by several at once, and what it refuses to start with."""
 
+import re
 import socket
 import sys
 import threading
@@ -17,7 +18,7 @@ from vtoken import mini
 from vtoken.cli import app, demo
 from vtoken.eval.demo.asking import Asking
 from vtoken.eval.demo.page import by_layer
-from vtoken.eval.demo.serving import check_address, serving
+from vtoken.eval.demo.serving import check, serving
 from vtoken.mini.documents import held_out
 
 HOST = "127.0.0.1"
@@ -53,14 +54,16 @@ class Screen:
 
     def __init__(self, page, address):
         self.page = page
-        page.set_viewport_size({"width": 1280, "height": 860})
+        page.set_viewport_size({"width": 1280, "height": 940})
         page.goto(address)
         self.question = page.get_by_label("Question")
-        self.unpruned, self.pruned = page.get_by_label("Unpruned"), page.get_by_label("Pruned", exact=True)
-        self.toast = page.get_by_role("alert")
+        self.unpruned, self.pruned = (page.get_by_label(re.compile(f"^{name}")) for name in ("Unpruned", "Pruned"))
+        self.upload = page.locator("input[type=file]")
+        self.drawn = page.get_by_test_id("image").last
 
-    def ask(self, question):
-        self.question.fill(question)
+    def ask(self, question=None):
+        if question is not None:
+            self.question.fill(question)
         self.page.get_by_role("button", name="Ask", exact=True).click()
 
     def shows(self, found, tokens):
@@ -70,21 +73,44 @@ class Screen:
 
     def refuses(self, *words):
         """Wait for a message, and close it."""
+        toast = self.page.get_by_test_id("toast-body")
         for word in words:
-            self.toast.filter(has_text=word).wait_for()
-        self.toast.get_by_role("button").click()
-        self.toast.wait_for(state="detached")
+            toast.filter(has_text=word).wait_for()
+        toast.get_by_test_id("toast-close").click()
+        toast.wait_for(state="detached")
 
 
 def test_the_demo_in_a_browser(asking, address, photo, page, tmp_path):
     screen, first = Screen(page, address), held_out("attr", 1)[0]
-    path, question = photo
     assert screen.question.input_value() == first.question
-    screen.ask(first.question)
+    screen.ask()
     bundled = Image.fromarray(first.images[0])
     assert screen.shows(asking.compare(bundled, first.question, "idpruner", 0.25), "36 of 144 tokens")
-    page.screenshot(path=tmp_path / "demo.png")
-    page.pause()
+    page.locator("svg.marks, canvas.marks").wait_for()
+    page.screenshot(path=tmp_path / "demo.png")  # docs/demo.png
+
+    page.get_by_label("Reducer").click()
+    page.get_by_role("option", name="fastv", exact=True).click()
+    page.get_by_text("144 of 144 tokens, 36 behind the last layer").wait_for()
+    page.get_by_text("The last token's attention in an early decoder layer.").wait_for()
+    keep = page.get_by_role("slider")
+    keep.focus()
+    keep.press("ArrowRight")
+    page.get_by_text("144 of 144 tokens, 37 behind the last layer").wait_for()
+
+    path, question = photo
+    page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+    screen.ask()
+    screen.refuses("There is no picture: upload one, or pick an example.")
+    screen.upload.first.set_input_files(path)
+    screen.question.fill(question)
+    screen.question.press("Enter")
+    assert screen.shows(asking.compare(Image.open(path), question, "fastv", 0.26), "37 behind")
+    screen.ask(" ")
+    screen.refuses("There is no question")
+
+    foreign = [event for event in page.events if "://" in event and not event.startswith((address, f"blob:{address}"))]
+    assert foreign == [], "nothing is asked of another host"
 
 
 def test_requests_queue(asking, address, photo, monkeypatch):
@@ -110,9 +136,9 @@ def test_requests_queue(asking, address, photo, monkeypatch):
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(ask, (0.1, 0.5, 0.9)))
     assert most == [True] * 12  # three times a warm-up and an answer, unpruned and pruned
-    for (_, pruned, *_), wanted in zip(found, expected, strict=True):
+    for (_, pruned, *_, told), wanted in zip(found, expected, strict=True):
         assert pruned["value"] == wanted.pruned.answer
-        assert f"{wanted.pruned.kept} of 144 tokens" in pruned["info"]
+        assert f"{wanted.pruned.kept} of 144 tokens" in told
 
 
 def test_the_plot_is_of_all_tokens_in_each_layer():
@@ -123,6 +149,11 @@ def test_the_plot_is_of_all_tokens_in_each_layer():
 
 def run(*arguments):
     return CliRunner().invoke(app, ["demo", *map(str, arguments)])
+
+
+def last_line(done):
+    """On stderr, behind the bars of loading."""
+    return done.stderr.splitlines()[-1]
 
 
 def test_the_command_serves_this_machine_until_it_is_interrupted(monkeypatch, tmp_path):
@@ -141,11 +172,11 @@ def test_the_command_serves_this_machine_until_it_is_interrupted(monkeypatch, tm
     monkeypatch.setattr(demo, "until_interrupted", look)
     done = run("--port", port)
     assert done.exit_code == 0, done.output
-    assert done.stderr == f"mini-llava answers at http://{HOST}:{port}/\n"
+    assert last_line(done) == f"mini-llava answers at http://{HOST}:{port}/"
     assert done.stdout == ""
     assert "vtoken demo: mini-llava" in pages[0]
     assert met <= {HOST}
-    check_address(HOST, port)  # it is free again
+    check(HOST, port)  # it is free again
 
 
 @pytest.mark.parametrize(
@@ -170,15 +201,14 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded():
         port = other.getsockname()[1]
         done = run("--port", port, "-m", "mini-lava")
     assert done.exit_code == 2
-    assert done.stderr == f"Error: Port {port} of {HOST} is in use: give another one with --port.\n"
+    assert last_line(done) == f"Error: Port {port} of {HOST} is in use: give another one with --port."
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "vtoken.eval.demo.page")
     done = run("--port", free_port())
     assert done.exit_code == 2
-    assert done.stderr == 'Error: The demo needs gradio, which is not installed: pip install "vtoken[demo]".\n'
+    assert last_line(done) == 'Error: The demo needs gradio, which is not installed: pip install "vtoken[demo]".'
 
 
 def test_a_link_that_cannot_be_had_is_a_sentence_and_ends_the_server(monkeypatch):
@@ -189,5 +219,5 @@ def test_a_link_that_cannot_be_had_is_a_sentence_and_ends_the_server(monkeypatch
     port = free_port()
     done = run("--port", port, "--share")
     assert done.exit_code == 2
-    assert done.stderr == "Error: No public link can be had without the internet: leave out --share.\n"
-    check_address(HOST, port)
+    assert last_line(done) == "Error: No public link can be had without the internet: leave out --share."
+    check(HOST, port)

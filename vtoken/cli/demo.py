@@ -26,9 +26,9 @@ def demo_command(
 ) -> None:
     """Ask a model about pictures in the browser, unpruned and pruned side by side; Ctrl-C ends it."""
     with sentences():
-        from vtoken.eval.demo.serving import check_address, serving
+        from vtoken.eval.demo.serving import check, serving
 
-        check_address(host, port)  # before the model, which may take minutes
+        check(host, port)  # before the model, which may take minutes
         from vtoken.eval.demo.asking import Asking
         from vtoken.eval.model.loading import ModelSpec, load_model
 
