@@ -64,12 +64,13 @@ def _connect(asking: Asking, given: list[Any], shown: list[Any], button: gr.Butt
     _, question, reducer, keep = given
     # Gradio reads a picture before it calls: a broken one would be its error, with a traceback
     how: dict[str, Any] = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1}
+    how["show_progress_on"] = shown[:2]
 
     def answer(picture: dict[str, Any] | None, question: str, reducer: str, keep: float) -> list[Any]:
         try:
             return outcome(asking.compare(_uploaded(picture), question, reducer, keep))
         except ValueError as error:
-            raise gr.Error(_plain(error), title="This is not possible", print_exception=False) from error
+            raise gr.Error(_plain(error), print_exception=False) from error
 
     gr.on([button.click, question.submit], answer, given, shown, api_name="ask", **how)
     how["api_visibility"] = "private"
@@ -101,7 +102,7 @@ def outcome(found: Compared) -> list[Any]:
     before, after = found.unpruned, found.pruned
     unpruned = gr.Textbox(before.text, info=_times(before.first, before.whole))
     if after.picture is None:
-        gr.Warning(_plain(after.why), title="The reducer cannot work here")
+        gr.Warning(_plain(after.why))
         return [unpruned, gr.Textbox("", info=""), None, None, LEGEND]
     pruned = gr.Textbox(after.answer, info=_times(after.first, after.whole))
     tokens, selection, *_ = captions(after)

@@ -22,6 +22,7 @@ from vtoken.eval.demo.serving import check, serving
 from vtoken.mini.documents import held_out
 
 HOST = "127.0.0.1"
+PATIENCE = 120_000  # milliseconds
 
 
 def free_port():
@@ -57,9 +58,7 @@ class Screen:
         page.set_viewport_size({"width": 1280, "height": 940})
         page.goto(address)
         self.question = page.get_by_label("Question")
-        self.unpruned, self.pruned = (page.get_by_label(re.compile(f"^{name}")) for name in ("Unpruned", "Pruned"))
-        self.upload = page.locator("input[type=file]")
-        self.drawn = page.get_by_test_id("image").last
+        self.unpruned, self.pruned = page.get_by_label("Unpruned"), page.get_by_label(re.compile("Pruned"))
 
     def ask(self, question=None):
         if question is not None:
@@ -71,46 +70,76 @@ class Screen:
         self.page.get_by_text(tokens).wait_for()
         return [self.unpruned.input_value(), self.pruned.input_value()] == [found.unpruned.text, found.pruned.answer]
 
-    def refuses(self, *words):
+    def upload(self, path):
+        """Put a picture in the place of the one that is there."""
+        if self.page.get_by_label("Remove Image").is_visible():
+            self.page.get_by_label("Remove Image").click()
+        self.page.locator("input[type=file]").first.set_input_files(path)
+        self.page.get_by_label("Remove Image").wait_for()
+
+    def refuses(self, words):
         """Wait for a message, and close it."""
         toast = self.page.get_by_test_id("toast-body")
-        for word in words:
-            toast.filter(has_text=word).wait_for()
-        toast.get_by_test_id("toast-close").click()
+        toast.filter(has_text=words).wait_for()
+        self.page.get_by_test_id("toast-close").click()
         toast.wait_for(state="detached")
 
 
 def test_the_demo_in_a_browser(asking, address, photo, page, tmp_path):
-    screen, first = Screen(page, address), held_out("attr", 1)[0]
+    expect = pytest.importorskip("playwright.sync_api").expect
+    expect.set_options(timeout=PATIENCE)
+    screen, first, (path, question) = Screen(page, address), held_out("attr", 1)[0], photo
     assert screen.question.input_value() == first.question
+    bundled = asking.compare(Image.fromarray(first.images[0]), first.question, "idpruner", 0.25)
     screen.ask()
-    bundled = Image.fromarray(first.images[0])
-    assert screen.shows(asking.compare(bundled, first.question, "idpruner", 0.25), "36 of 144 tokens")
+    assert screen.shows(bundled, "36 of 144 tokens")
     page.locator("svg.marks, canvas.marks").wait_for()
-    page.screenshot(path=tmp_path / "demo.png")  # docs/demo.png
+    page.screenshot(path=tmp_path / "demo.jpg", quality=85)  # docs/demo.jpg
 
     page.get_by_label("Reducer").click()
     page.get_by_role("option", name="fastv", exact=True).click()
     page.get_by_text("144 of 144 tokens, 36 behind the last layer").wait_for()
     page.get_by_text("The last token's attention in an early decoder layer.").wait_for()
-    keep = page.get_by_role("slider")
-    keep.focus()
-    keep.press("ArrowRight")
-    page.get_by_text("144 of 144 tokens, 37 behind the last layer").wait_for()
+    slider = page.get_by_role("slider")
+    slider.click()  # in the middle
+    keep = float(slider.input_value())
+    assert 0.4 < keep < 0.6
+    page.get_by_text(f"{int(keep * 144)} behind the last layer").wait_for()
 
-    path, question = photo
-    page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
-    screen.ask()
-    screen.refuses("There is no picture: upload one, or pick an example.")
-    screen.upload.first.set_input_files(path)
+    mine = asking.compare(Image.open(path), question, "fastv", keep)
+    screen.upload(path)
     screen.question.fill(question)
     screen.question.press("Enter")
-    assert screen.shows(asking.compare(Image.open(path), question, "fastv", 0.26), "37 behind")
+    expect(screen.unpruned).to_have_value(mine.unpruned.text)
+    assert screen.shows(mine, "behind the last layer")
+    page.locator(".gallery-item").nth(1).click()
+    expect(screen.question).to_have_value(question)
+
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    screen.upload(broken)
+    screen.ask()
+    screen.refuses("'broken.png' cannot be read as a picture")
+    page.get_by_label("Remove Image").click()
+    screen.ask()
+    screen.refuses("There is no picture: upload one, or pick an example.")
+    screen.upload(path)
     screen.ask(" ")
     screen.refuses("There is no question")
 
     foreign = [event for event in page.events if "://" in event and not event.startswith((address, f"blob:{address}"))]
     assert foreign == [], "nothing is asked of another host"
+
+
+def test_uploaded_pictures_are_deleted_at_the_end(asking, photo, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(cache))
+    with serving(asking, HOST, free_port()) as (address,):
+        client = Client(address, verbose=False, download_files=str(tmp_path / "downloads"))
+        client.predict(handle_file(photo[0]), photo[1], "random", 0.5, api_name="/ask")
+        client.close()
+        assert [*cache.rglob("photo.png")]
+    assert not [*cache.rglob("photo.png")]
 
 
 def test_requests_queue(asking, address, photo, monkeypatch):
