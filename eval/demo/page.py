@@ -59,7 +59,7 @@ def build(asking: Asking, folder: Path) -> gr.Blocks:
     return page
 
 
-def _connect(asking: Asking, given: list[Any], shown: list[Any], button: gr.Button, found: gr.Examples) -> None:
+def _connect(asking: Asking, given: list[Any], shown: list[Any], button: gr.Button, found: Any) -> None:
     """What makes the model answer: one question at a time, whoever asks; the others queue."""
     _, question, reducer, keep = given
     # Gradio reads a picture before it calls: a broken one would be its error, with a traceback
