@@ -8,20 +8,40 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 import vtoken
 from vtoken.drawing import LONG_EDGE, beside, seen, shade, size_of
 from vtoken.eval.errors import EvalError
 from vtoken.eval.model.preprocessing import preprocessing
 from vtoken.eval.running.attempt import reason
+from vtoken.profile.clock import now
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vtoken.reducers.base import Reducer
+    from vtoken.stats import Stats
 
 PLAIN = "Describe the picture."
 """What a model is asked where only its pictures are of interest."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said in one run, and how long it took.
+
+    Parameters
+    ----------
+    text : str or None
+        None where nothing was asked.
+    first, whole : float
+        Milliseconds until its first token, and until its last.
+    """
+
+    text: str | None
+    first: float
+    whole: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,10 @@ class Shown:
         Of the selection, in the second of two runs.
     answer : str or None
         None where nothing was asked.
+    first, whole : float
+        Milliseconds until the first token of that run, and until its last.
+    layers : tuple of int
+        Visual tokens in each decoder layer.
     why : str
         The reason, if there is no picture.
     """
@@ -48,6 +72,9 @@ class Shown:
     last: int = 0
     milliseconds: float = 0.0
     answer: str | None = None
+    first: float = 0.0
+    whole: float = 0.0
+    layers: tuple[int, ...] = ()
     why: str = ""
 
 
@@ -121,28 +148,66 @@ class Prompt:
             )
 
     @torch.no_grad()
-    def run(self, count: int) -> str | None:
-        """The model's answer in up to ``count`` tokens; None where nothing was asked."""
-        tokenizer = self.processor.tokenizer
+    def run(self, count: int) -> Answer:
+        """The model's answer in up to ``count`` tokens."""
+        tokenizer, watch = self.processor.tokenizer, _FirstToken(self.model)
+        begun = now(self.model)
         out = self.model.generate(
-            **self.inputs, max_new_tokens=count, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            **self.inputs,
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([watch]),
         )
+        whole = now(self.model) - begun
         new = out[:, self.inputs["input_ids"].shape[1] :]
-        return tokenizer.batch_decode(new, skip_special_tokens=True)[0].strip() if self.asked else None
+        text = tokenizer.batch_decode(new, skip_special_tokens=True)[0].strip() if self.asked else None
+        return Answer(text, (watch.at - begun) * 1e3, whole * 1e3)
+
+    def answer(self) -> Answer:
+        """The answer of the model as it is, wrapped or not, in the second of two runs."""
+        self.run(1)  # warms up
+        return self.run(self.max_new_tokens if self.asked else 1)
 
     def show(self, reducer: Reducer, edge: int = LONG_EDGE) -> Shown:
         """Run a reducer and draw what it did; the reason where it can't work here."""
         try:
             with vtoken.reduce(self.model, reducer):
-                self.run(1)  # warms up
-                answer, stats = self.run(self.max_new_tokens if self.asked else 1), vtoken.stats(self.model)
+                said, stats = self.answer(), vtoken.stats(self.model)
                 sizes = [size_of(visual) for visual in self.visuals]
                 tokens = vtoken.token_map(self.model, self.inputs, sizes)
         except (ValueError, TypeError, NotImplementedError) as error:
             return Shown(None, why=reason(error))
         picture = beside([shade(visual, tokens, number, edge) for number, visual in enumerate(self.visuals)])
-        last = sum(image.kept_last for image in stats.images)
-        return Shown(picture, stats.tokens_in, stats.tokens_kept, last, stats.selection_seconds * 1e3, answer)
+        return Shown(
+            picture,
+            tokens=stats.tokens_in,
+            kept=stats.tokens_kept,
+            last=sum(image.kept_last for image in stats.images),
+            milliseconds=stats.selection_seconds * 1e3,
+            answer=said.text,
+            first=said.first,
+            whole=said.whole,
+            layers=by_layer(stats),
+        )
+
+
+class _FirstToken(StoppingCriteria):
+    """Stops nothing: it notes when the first token is there."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.at = model, 0.0
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self.at = self.at or now(self.model)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def by_layer(stats: Stats) -> tuple[int, ...]:
+    """Visual tokens in each decoder layer, of all pictures."""
+    cuts = dict(stats.layers)
+    starts = (max(start for start in cuts if start <= layer) for layer in range(stats.depth))
+    return tuple(sum(cuts[start]) for start in starts)
 
 
 def _part(visual: Any) -> dict[str, Any]:
@@ -166,7 +231,7 @@ def gallery(
     EvalError
         If the model made no visual tokens of the pictures.
     """
-    chosen = [(reducer, [_built(reducer, keep) for keep in keeps]) for reducer in reducers]
+    chosen = [(reducer, [built(reducer, keep) for keep in keeps]) for reducer in reducers]
     whole = prompt.show(vtoken.get_reducer("random", keep=1.0))
     if whole.picture is None:
         raise EvalError(f"Model {name!r} cannot be looked into: {whole.why}")
@@ -180,6 +245,13 @@ def gallery(
     return Gallery(name, question, whole.picture, whole.tokens, whole.answer, keeps, rows)
 
 
-def _built(reducer: str, keep: float) -> Reducer:
+def built(reducer: str, keep: float) -> Reducer:
+    """A reducer at a keep ratio, which it is not told if it has none.
+
+    Raises
+    ------
+    ValueError
+        If either is unknown.
+    """
     plain = vtoken.get_reducer(reducer)
     return vtoken.get_reducer(reducer, keep=keep) if "keep" in plain.config() else plain

@@ -24,17 +24,25 @@ def read(path: Path) -> Any:
     """
     if not path.is_file():
         raise EvalError(f"There is no picture {str(path)!r}: name an image, or a clip ({', '.join(CLIPS)}).")
-    return _clip(path) if path.suffix.lower() in CLIPS else _picture(path)
+    return _clip(path) if path.suffix.lower() in CLIPS else read_picture(path, str(path))
 
 
-def _picture(path: Path) -> Any:
+def read_picture(path: Path, name: str) -> Any:
+    """A picture (PIL, RGB), upright.
+
+    Raises
+    ------
+    EvalError
+        If the file, which the sentence calls ``name``, can't be read as one.
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # decoders raise types of their own
-        raise EvalError(f"{str(path)!r} cannot be read as a picture: {str(error).splitlines()[0]}.") from error
+        why = str(error).splitlines()[0].replace(str(path), name)
+        raise EvalError(f"{name!r} cannot be read as a picture: {why}.") from error
 
 
 def _clip(path: Path) -> np.ndarray:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vtoken report``: the page in a real browser, where it draws, filters, asks for nothing and runs no foreign code."""
 
-import shutil
-
 import pytest
 from finished import save_run, save_table
 from typer.testing import CliRunner
@@ -11,10 +9,6 @@ from vtoken.cli import app
 from vtoken.eval.store.results import Store
 
 EVIL = "</script><img src=x onerror=alert(1)><script>document.title='broken'</script>"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = [f"--{name}" for name in ("no-sandbox", "disable-gpu", "no-first-run", "disable-dev-shm-usage")]
-FLAGS += [f"--disable-{name}" for name in ("background-networking", "component-update", "sync")]
-PATIENCE = 120_000  # milliseconds; the page holds megabytes of script, and the machine may be busy
 
 
 @pytest.fixture
@@ -46,26 +40,6 @@ def test_wrong_input_is_a_sentence(tmp_path):
         done = CliRunner().invoke(app, ["report", str(tmp_path / name)])
         assert done.exit_code == 2, done.output
         assert sentence in done.stderr
-
-
-@pytest.fixture
-def page():
-    """A page of headless Chromium, and everything that it asked for or complained about."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=FLAGS, timeout=PATIENCE)
-        page = browser.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.events = []
-        page.on("request", lambda request: page.events.append(request.url))
-        page.on("console", lambda message: page.events.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: page.events.append(str(error)))
-        page.on("dialog", lambda dialog: (page.events.append(dialog.message), dialog.dismiss()))
-        yield page
-        browser.close()
 
 
 def test_the_page_in_a_browser(folder, page):
