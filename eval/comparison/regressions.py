@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vtoken.eval.comparison.runs import RANDOM, UNPRUNED, Run
+from vtoken.eval.comparison.runs import RANDOM, Run
+from vtoken.eval.store.record import UNPRUNED
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vtoken.eval.comparison.runs import RANDOM, UNPRUNED, Run, runs_of
+from vtoken.eval.comparison.runs import RANDOM, Run, runs_of
 from vtoken.eval.comparison.statistics import Estimate, Paired, accuracy, holm, paired
+from vtoken.eval.store.record import UNPRUNED
 from vtoken.eval.store.results import Store
-from vtoken.eval.sweeps.cells import Cell
+
+if TYPE_CHECKING:
+    from vtoken.eval.sweeps.cells import Cell
 
 MEANS = ("visual_tokens", "visual_kept", "visual_per_layer", "evidence_recall")
 COSTS = ("prefill_ms", "speedup", "kv_bytes")
@@ -117,7 +120,7 @@ def corrected(rows: Sequence[Row]) -> list[Row]:
 def compare_runs(run: Run, other: Run) -> Paired | None:
     """Question by question, where both were asked the same ones; None if they have none in common."""
     theirs = {sample["doc_id"]: sample for sample in other.samples}
-    same_data = run.config["task"] == other.config["task"]
+    same_data = run.record.cell.task == other.record.cell.task
     pairs = [
         (sample, twin)
         for sample in run.samples
@@ -144,7 +147,7 @@ def _row(run: Run) -> Row:
         "task": run.task,
         "reducer": run.reducer,
         "keep": run.keep,
-        "seed": run.config["seed"],
+        "seed": run.record.cell.seed,
     }
     if not run.samples:
         return Row(**names, source=run.source, error=run.error or "no documents")

@@ -167,8 +167,8 @@ class RaySweep:
 
     def _failure(self, cell: Cell, error: Exception) -> Attempt:
         """A failure that no worker has recorded, and that is final."""
-        failure = failure_of(cell, error)
-        self.store.save_failure(cell.id, failure)
+        failure = failure_of(error)
+        self.store.save_failure(cell.record(failure=failure))
         return Attempt(Status.FAILED, failure=failure, wrong_input=True)
 
     def _ended(self, cell: Cell, attempt: Attempt) -> None:
@@ -177,8 +177,8 @@ class RaySweep:
         if attempt.status is Status.BUSY:
             self.busy_until[cell.id] = time.monotonic() + POLL
             self.left.append(cell)
-        elif attempt.failure is not None and not attempt.wrong_input and self._again(cell):
-            self.listener.trouble(f"{cell.label} on {cell.task.name} is tried again: {attempt.failure['error']}")
+        elif (failure := attempt.failure) and not attempt.wrong_input and self._again(cell):
+            self.listener.trouble(f"{cell.label} on {cell.task.name} is tried again: {failure.error}")
         else:
             conclude(cell, attempt, self.outcome, self.listener)
 

@@ -19,6 +19,7 @@ import yaml
 from vtoken.eval.errors import EvalError, unknown
 from vtoken.eval.harness.driver import require, task_folder, task_manager, task_object
 from vtoken.eval.provenance import folder_digest
+from vtoken.eval.store.record import TaskIdentity
 from vtoken.eval.tasks import FOLDER, bundled_tasks
 
 STOCK_PROMPTS = {
@@ -33,6 +34,8 @@ STOCK_PROMPTS = {
 """``config.model_type`` -> the lmms-eval model whose prompts a task gives: tasks phrase questions by model name."""
 
 
+LOCAL = "local"
+"""Version of tasks of a folder."""
 _TASKS = ("task", "python_task")
 _NAME = re.compile(r"^(?:task|group): *[\"']?([^\s\"'#]+)", re.MULTILINE)  # in a task YAML
 
@@ -59,9 +62,10 @@ class TaskRef:
     fingerprint: str
     folder: str = ""
 
-    def config(self) -> dict[str, str]:
-        """What decides the score, as plain data."""
-        return {"name": self.name, "version": self.version, "fingerprint": self.fingerprint}
+    @property
+    def identity(self) -> TaskIdentity:
+        """What decides the score."""
+        return TaskIdentity(name=self.name, version=self.version, fingerprint=self.fingerprint)
 
 
 def resolve_tasks(names: Sequence[str]) -> list[TaskRef]:
@@ -106,7 +110,19 @@ def folder_tasks(folder: str, names: Sequence[str] = ()) -> list[TaskRef]:
         raise EvalError(f"The folder {folder!r} defines no lmms-eval task: put YAML files with the key 'task' into it.")
     leaves = [leaf for name in names or defined for leaf in _leaves(name, manager)]
     digest = _folder_digest(root)
-    return [TaskRef(leaf, "local", digest, str(root)) for leaf in dict.fromkeys(leaves)]
+    return [TaskRef(leaf, LOCAL, digest, str(root)) for leaf in dict.fromkeys(leaves)]
+
+
+def as_it_is_now(ref: TaskRef) -> TaskRef:
+    """The same task, pinned by its present definition and data.
+
+    Raises
+    ------
+    EvalError
+        If it is no longer there.
+    """
+    (found,) = folder_tasks(ref.folder, [ref.name]) if ref.folder else resolve_tasks([ref.name])
+    return found
 
 
 def _folder_digest(root: Path) -> str:

@@ -19,7 +19,7 @@ from vtoken.eval.report.published import LEGEND as PUBLISHED_LEGEND
 from vtoken.eval.report.render import LEGEND, Columns, failures, layouts, notes
 from vtoken.eval.report.tables import FLIPS, WINS, WINS_LEGEND, kinds_table, wins_table
 from vtoken.eval.running.cost import BATCH
-from vtoken.eval.store.results import dump, write_atomic
+from vtoken.eval.store.files import dump, write_atomic
 
 if TYPE_CHECKING:
     from vtoken.eval.report.pictures import Picture
@@ -114,7 +114,7 @@ def render_html(
         settings=dump(dict(settings)),
         origins=origins(runs),
         data=data_of(runs),
-        cells=[(run.id, run.name, run.task, dump(run.config)) for run in runs],
+        cells=[(run.id, run.name, run.task, dump(run.record.cell.model_dump())) for run in runs],
     )
 
 

@@ -13,10 +13,11 @@ from vtoken.eval.harness.driver import Evaluation, evaluate, load_harness
 from vtoken.eval.harness.scores import flatten, main_metric
 from vtoken.eval.harness.tasksource import load_task
 from vtoken.eval.model.loading import ModelSpec
-from vtoken.eval.provenance import prompts_digest, surroundings
+from vtoken.eval.provenance import prompts_digest
 from vtoken.eval.running.attempt import Attempt, Status, conclude, failure_of
 from vtoken.eval.running.listener import Listener, Outcome
 from vtoken.eval.store.lock import CellLock, LockLostError
+from vtoken.eval.store.record import Failure, Result
 from vtoken.eval.store.results import ANSWERS, Store
 from vtoken.eval.store.samplelog import SampleLog
 from vtoken.eval.sweeps.cells import Cell
@@ -55,7 +56,7 @@ class Runner:
         outcome = Outcome(skipped=[cell for cell in cells if self.store.settle(cell.id)])
         left = [cell for cell in cells if cell not in outcome.skipped]
         lonely = len({cell.model for cell in cells}) == 1
-        before = {cell.id: self.store.failure(cell.id) for cell in cells}
+        before = {cell.id: self.store.failure(cell.id) for cell in left}
         while left:
             busy = []
             for cell in left:
@@ -72,7 +73,7 @@ class Runner:
             left = busy
         return outcome
 
-    def _failed_elsewhere(self, cell: Cell, before: dict[str, Any] | None) -> Attempt | None:
+    def _failed_elsewhere(self, cell: Cell, before: Failure | None) -> Attempt | None:
         """Whether another runner saw the cell fail since this one began: then it need not be tried again."""
         failure = self.store.failure(cell.id)
         return Attempt(Status.FAILED, failure=failure) if failure and failure != before else None
@@ -98,8 +99,8 @@ class Runner:
         except LockLostError:
             return Attempt(Status.BUSY)
         except Exception as error:
-            failure = failure_of(cell, error)
-            self.store.save_failure(cell.id, failure)
+            failure = failure_of(error)
+            self.store.save_failure(cell.record(failure=failure))
             wrong = isinstance(error, EvalError)
             unloadable = str(error) if wrong and model is None else ""
             return Attempt(Status.FAILED, failure=failure, unloadable=unloadable, wrong_input=wrong)
@@ -135,7 +136,7 @@ class Runner:
             self._broken_tasks[key] = error
             raise
 
-    def _run_cell(self, cell: Cell, model: Any, check_lock: Callable[[], None]) -> dict[str, Any]:
+    def _run_cell(self, cell: Cell, model: Any, check_lock: Callable[[], None]) -> Result:
         task = self.task(cell)
         started = time.perf_counter()
 
@@ -148,13 +149,12 @@ class Runner:
             self.answer_ahead(cell, model, task)
             folder = self.store.path(cell.id, "")
             found = evaluate(model, task, limit=cell.limit, seed=cell.seed, output=folder)
-        result, samples = self._result(cell, task, found)
+        result, samples = self._result(task, found, started)
         check_lock()
-        result["seconds"] = time.perf_counter() - started
-        self.store.save(cell.id, result, samples)
+        self.store.save(cell.record(result), samples)
         return result
 
-    def _result(self, cell: Cell, task: Any, found: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _result(self, task: Any, found: Evaluation, started: float) -> tuple[Result, list[dict[str, Any]]]:
         metric = main_metric(found.samples[0], task)
         samples = [
             flatten(sample, metric if metric in sample else main_metric(sample, task))  # mme logs one of two
@@ -162,17 +162,15 @@ class Runner:
         ]
         empty = sum(not sample["answer"].strip() for sample in samples)
         self._check_empty(empty, len(samples))
-        result = {
-            "id": cell.id,
-            "cell": cell.config(),
-            "metric": metric,
-            "metrics": {name: value for name, value in found.metrics.items() if isinstance(value, (int, float))},
-            "documents": len(samples),
-            "empty_answers": empty,
-            "prompts": prompts_digest(samples),
-            "dataset": str(getattr(task.eval_docs, "_fingerprint", "")),
-            "made_with": surroundings(),
-        }
+        result = Result(
+            metric=metric,
+            metrics={name: value for name, value in found.metrics.items() if isinstance(value, (int, float))},
+            documents=len(samples),
+            empty_answers=empty,
+            prompts=prompts_digest(samples),
+            dataset=str(getattr(task.eval_docs, "_fingerprint", "")),
+            seconds=time.perf_counter() - started,
+        )
         return result, samples
 
     def answer_ahead(self, cell: Cell, model: Any, task: Any) -> None:

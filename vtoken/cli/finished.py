@@ -115,7 +115,7 @@ def _list(names: Iterable[str]) -> str:
 
 def _twin(run: Run, others: Sequence[Run]) -> Run | None:
     """The same reducer at the same budget on the same task; else the only run of the task, else the unpruned one."""
-    from vtoken.eval.comparison.runs import UNPRUNED
+    from vtoken.eval.store.record import UNPRUNED
 
     same_task = [other for other in others if other.task == run.task and other.samples]
     same_model = [other for other in same_task if other.model == run.model] or same_task

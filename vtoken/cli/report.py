@@ -48,7 +48,7 @@ def _announce(regression: Regression) -> None:
 def _settings(folder: Path) -> dict[str, Any]:
     """What the command that made the results was told, where it says so."""
     from vtoken.eval.comparison.runs import TABLE
-    from vtoken.eval.store.results import read_json
+    from vtoken.eval.store.files import read_json
 
     found = (read_json(folder / TABLE) or {}).get("settings")
     return found if isinstance(found, dict) else {}

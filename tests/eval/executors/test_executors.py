@@ -56,7 +56,7 @@ def expected(cells, tmp_path):
 
 
 def contents(cells, store):
-    return [(store.result(cell.id)["metrics"], store.samples(cell.id)) for cell in cells]
+    return [(store.result(cell.id).metrics, store.samples(cell.id)) for cell in cells]
 
 
 def test_names_and_options():
@@ -182,8 +182,8 @@ def test_ray_survives_a_killed_worker(cells, expected, make_cell, checkpoint, tm
     assert len(log.ended) == len(cells) + 2
     assert {log.counts[cell.id] for cell in cells} == {21}
     assert any("worker was lost" in text for text in log.troubles)
-    assert "Traceback" in store.failure(raising.id)["traceback"]
-    assert "cannot be loaded" in store.failure(unloadable.id)["error"]
+    assert "Traceback" in store.failure(raising.id).traceback
+    assert "cannot be loaded" in store.failure(unloadable.id).error
 
     again = executor.run(cells, store, log)
     assert (again.skipped, again.finished) == (cells, [])

@@ -160,7 +160,7 @@ def test_a_document_may_have_only_one_of_the_metrics(cells, store):
     """MME logs perception or cognition, never both: a score that one document lacks is not missing."""
     cell = cells()["own_greedy"]
     (result,) = run(store, cell)
-    assert result["documents"] == 6
+    assert result.documents == 6
     assert {sample["score"] for sample in store.samples(cell.id)} <= {0.0, 1.0}
 
 
@@ -170,7 +170,7 @@ def test_one_unreachable_dataset_does_not_take_the_others_with_it(cells, store, 
     (folder / "sampled.yaml").write_text(text.replace("data.jsonl", "gone.jsonl"))
     outcome = Runner(store, empty_limit=1.0).run([bad, good])
     assert [outcome.failed, outcome.finished] == [[bad], [good]]
-    assert "gone.jsonl" in store.failure(bad.id)["error"]
+    assert "gone.jsonl" in store.failure(bad.id).error
 
 
 def test_sampled_answers_depend_on_the_cells_seed_alone(cells, store, tmp_path):

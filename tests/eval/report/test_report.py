@@ -85,7 +85,7 @@ def test_runs_on_other_documents_are_compared_on_the_common_ones(finished):
 def test_questions_with_other_answers_are_other_questions(finished):
     cells, store = finished
     changed = [{**sample, "target": "other"} for sample in store.samples(cells[1].id)]
-    store.save(cells[1].id, store.result(cells[1].id), changed)
+    store.save(store.record(cells[1].id), changed)
     assert summarize(cells, store)[1].versus_unpruned is None
 
 
