@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from unittest import mock
 
-from vtoken.eval.errors import EvalError, MissingExtraError
+from vtoken.eval.errors import EvalError, MissingExtraError, reason
 from vtoken.eval.executors.base import Executor, check_count
-from vtoken.eval.running.attempt import reason
 from vtoken.eval.running.listener import Listener, Outcome
 from vtoken.eval.store.results import Store
 from vtoken.eval.sweeps.cells import Cell

@@ -13,10 +13,10 @@ from typing import Any
 
 import ray
 
-from vtoken.eval.errors import EvalError
+from vtoken.eval.errors import EvalError, reason
 from vtoken.eval.executors.ray_worker import Worker, surroundings
 from vtoken.eval.model.loading import ModelSpec
-from vtoken.eval.running.attempt import Attempt, Status, conclude, failure_of, reason
+from vtoken.eval.running.attempt import Attempt, Status, conclude, failure_of
 from vtoken.eval.running.listener import Listener, Outcome
 from vtoken.eval.running.runner import POLL
 from vtoken.eval.store.results import Store

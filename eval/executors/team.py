@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from vtoken.eval.errors import reason
 from vtoken.eval.harness.driver import collect_requests
 from vtoken.eval.model.loading import ModelSpec
-from vtoken.eval.running.attempt import reason
 from vtoken.eval.running.runner import Runner, at_work
 from vtoken.eval.store.results import Store
 from vtoken.eval.store.samplelog import SampleLog

@@ -11,7 +11,7 @@ from typing import Any
 from vtoken.drawing import kept, seen, shade
 from vtoken.eval.comparison.regressions import Regression, worst_regressions
 from vtoken.eval.comparison.runs import Run
-from vtoken.eval.errors import EvalError
+from vtoken.eval.errors import EvalError, reason
 from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.model.preprocessing import as_jpeg, media
 from vtoken.eval.sweeps.cells import Cell, check_weights
@@ -54,7 +54,6 @@ def draw_regressions(
     notes : list of str
         Why others could not be drawn: a sentence each.
     """
-    from vtoken.eval.running.attempt import reason
 
     pictures, notes = [], []
     loaded: tuple[ModelSpec | None, Any] = (None, None)

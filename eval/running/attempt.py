@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 
+from vtoken.eval.errors import reason
 from vtoken.eval.running.listener import Listener, Outcome
 from vtoken.eval.store.record import Failure, Result
 from vtoken.eval.sweeps.cells import Cell
@@ -56,13 +57,6 @@ def conclude(cell: Cell, attempt: Attempt, outcome: Outcome, listener: Listener)
     elif attempt.failure is not None:
         outcome.failed.append(cell)
         listener.failed(cell, attempt.failure)
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong; lmms-eval wraps errors of datasets and scoring into a `tenacity.RetryError`."""
-    attempt = getattr(error, "last_attempt", None)
-    inner = attempt.exception() if attempt is not None else None
-    return str(inner or error) or type(inner or error).__name__
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vtoken.eval.errors import reason
 from vtoken.eval.harness.tasksource import load_task
-from vtoken.eval.running.attempt import reason
 from vtoken.eval.running.runner import POLL, Runner
+from vtoken.eval.store.results import BATCH
 from vtoken.eval.sweeps.cells import Cell
 from vtoken.profile import measure_prefill
-
-BATCH = 4  # prompts at once: enough that the arithmetic outweighs the overhead, few enough to be quick
 
 
 def measure_cells(

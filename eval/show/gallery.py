@@ -11,9 +11,8 @@ import torch
 
 import vtoken
 from vtoken.drawing import LONG_EDGE, beside, seen, shade, size_of
-from vtoken.eval.errors import EvalError
+from vtoken.eval.errors import EvalError, reason
 from vtoken.eval.model.preprocessing import preprocessing
-from vtoken.eval.running.attempt import reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -23,6 +23,7 @@ from vtoken.eval.store.lock import CellLock
 from vtoken.eval.store.record import FAILURE, RESULT, CellRecord, Failure, Result, read_samples
 
 ANSWERS, PROFILE = "answers.jsonl", "profile.json"
+BATCH = 4  # prompts of a profile: enough that the arithmetic outweighs the overhead, few enough to be quick
 
 
 class Store:

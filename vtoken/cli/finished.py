@@ -125,16 +125,16 @@ def _twin(run: Run, others: Sequence[Run]) -> Run | None:
 
 
 def _write(rows: Sequence[Row], form: Format, file: Path | None, remarks: Sequence[str]) -> None:
+    from vtoken.eval.report.columns import legend
     from vtoken.eval.report.page import write_file
-    from vtoken.eval.report.render import failures, legend, notes
-    from vtoken.eval.running.cost import BATCH
+    from vtoken.eval.report.render import failures, notes
 
     console = out()
     if form is Format.TABLE and file is None:
         console.print(build_table(rows, console))
         for line in [*failures(rows), *notes(rows), *remarks]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        console.print(legend(rows).format(batch=BATCH), style="dim", highlight=False)
+        console.print(legend(rows), style="dim", highlight=False, markup=False)
     elif file is None:
         console.print(_text(rows, form), end="", markup=False, highlight=False, soft_wrap=True)
     else:
@@ -146,8 +146,8 @@ def _text(rows: Sequence[Row], form: Format) -> str:
     from rich.console import Console
 
     from vtoken.cli.console import PIPE_WIDTH
+    from vtoken.eval.report.columns import lines_of, shown
     from vtoken.eval.report.export import as_csv, as_latex, as_markdown
-    from vtoken.eval.report.render import TEXT, layouts, place_columns
 
     if form is Format.CSV:
         return as_csv(rows)
@@ -156,9 +156,7 @@ def _text(rows: Sequence[Row], form: Format) -> str:
         with plain.capture() as captured:
             plain.print(build_table(rows, plain))
         return captured.get()
-    places, columns = place_columns(rows), layouts(rows)[0]
-    lines = [
-        [*(str(getattr(row, place)) for place in places), *(cell(row) for cell in columns.values())] for row in rows
-    ]
+    columns = shown(rows)
+    lines = [[cell.strip() for cell in line] for line in lines_of(columns, rows)]
     write = as_markdown if form is Format.MARKDOWN else as_latex
-    return write([*places, *columns], [[cell.strip() for cell in line] for line in lines], TEXT)
+    return write([column.title for column in columns], lines, [column.is_name for column in columns])
