@@ -6,12 +6,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import vtoken
 from vtoken.drawing import kept, seen, shade
 from vtoken.eval.comparison.regressions import Regression, worst_regressions
 from vtoken.eval.comparison.runs import Run
 from vtoken.eval.errors import EvalError, reason
+from vtoken.eval.harness.driver import load_harness
+from vtoken.eval.harness.tasksource import load_task
+from vtoken.eval.model.loaded import LoadedModel
 from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.model.preprocessing import as_jpeg, media
 from vtoken.eval.sweeps.cells import Cell, check_weights
@@ -54,15 +57,14 @@ def draw_regressions(
     notes : list of str
         Why others could not be drawn: a sentence each.
     """
-
     pictures, notes = [], []
-    loaded: tuple[ModelSpec | None, Any] = (None, None)
+    loaded: tuple[ModelSpec, LoadedModel] | None = None
     for regression in sorted(worst_regressions(runs, count), key=lambda found: found.run.model):
         before(regression)
         try:
             cell = _cell(regression.run)
-            if loaded[0] != cell.model:
-                loaded = (None, None)  # frees the former one first
+            if loaded is None or loaded[0] != cell.model:
+                loaded = None  # frees the former one first
                 loaded = (cell.model, _load(cell))
             pictures.append(draw(regression, cell, loaded[1]))
         except Exception as error:
@@ -76,17 +78,13 @@ def _cell(run: Run) -> Cell:
     return dataclasses.replace(cell, model=dataclasses.replace(cell.model, device=None))
 
 
-def _load(cell: Cell) -> Any:
-    from vtoken.eval.harness.driver import load_harness
-
+def _load(cell: Cell) -> LoadedModel:
     check_weights(cell)
     load_harness()
-    from vtoken.eval.model.reduced import ReducedModel
-
-    return ReducedModel(cell.model)
+    return LoadedModel(cell.model)
 
 
-def draw(regression: Regression, cell: Cell, model: Any) -> Picture:
+def draw(regression: Regression, cell: Cell, model: LoadedModel) -> Picture:
     """Run the reducer on the question again and show what it kept of the first image.
 
     Raises
@@ -96,21 +94,15 @@ def draw(regression: Regression, cell: Cell, model: Any) -> Picture:
     """
     from lmms_eval.protocol import ChatMessages
 
-    import vtoken
-    from vtoken.eval.harness.tasksource import load_task
-
     task = load_task(cell.task.name, cell.model_type, cell.task.folder)
     talk = ChatMessages(messages=task.doc_to_messages(task.eval_docs[regression.doc_id])).to_hf_messages()
     images = [seen(image, model.processor) for image in media([talk], "image")]
     if not images or media([talk], "video"):
         raise EvalError("only questions about images can be drawn.")
     inputs = model.encode([talk])
-    model.use(cell.reducer)
-    try:
+    with model.under(cell.reducer):
         model.model.generate(**inputs, max_new_tokens=1, do_sample=False)
         tokens = vtoken.token_map(model.model, inputs, [(image.height, image.width) for image in images])
-    finally:
-        model.use(None)
     first, last = (kept(tokens, choose) for choose in (min, max))
     image = as_jpeg(shade(images[0], tokens), QUALITY)
     text = " ".join(media([talk], "text"))

@@ -57,9 +57,9 @@ def _measure(cell: Cell, runner: Runner, batch: int) -> str:
 
 def first_inputs(cell: Cell, model: Any, batch: int) -> Any:
     """Encoded prompts of the first documents of a cell's task."""
-    from lmms_eval.protocol import ChatMessages
-
     task = load_task(cell.task.name, cell.model_type, cell.task.folder)
+    from lmms_eval.protocol import ChatMessages  # now that it is loaded with care
+
     docs = [task.eval_docs[i] for i in range(min(batch, len(task.eval_docs)))]
     talks = [ChatMessages(messages=task.doc_to_messages(doc)).to_hf_messages() for doc in docs]
     return model.encode(talks)

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vtoken.eval.errors import EvalError
-from vtoken.eval.harness.driver import Evaluation, evaluate, load_harness
+from vtoken.eval.harness.driver import Evaluation, evaluate
 from vtoken.eval.harness.scores import flatten, main_metric
 from vtoken.eval.harness.tasksource import load_task
+from vtoken.eval.model.loaded import LoadedModel
 from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.provenance import prompts_digest
 from vtoken.eval.running.attempt import Attempt, Status, conclude, failure_of
@@ -21,6 +22,9 @@ from vtoken.eval.store.record import Failure, Result
 from vtoken.eval.store.results import ANSWERS, Store
 from vtoken.eval.store.samplelog import SampleLog
 from vtoken.eval.sweeps.cells import Cell
+
+if TYPE_CHECKING:
+    from vtoken.eval.harness.asked import Answering
 
 EMPTY_LIMIT = 0.5
 POLL = 1.0  # seconds between looks at cells of other runners
@@ -41,7 +45,7 @@ class Runner:
 
     def __init__(self, store: Store, listener: Listener | None = None, empty_limit: float = EMPTY_LIMIT) -> None:
         self.store, self.listener, self.empty_limit = store, listener or Listener(), empty_limit
-        self._loaded: tuple[ModelSpec, Any] | None = None
+        self._loaded: tuple[ModelSpec, LoadedModel] | None = None
         self._broken_models: dict[ModelSpec, Exception] = {}
         self._broken_tasks: dict[tuple[str, ...], Exception] = {}
 
@@ -105,25 +109,19 @@ class Runner:
             unloadable = str(error) if wrong and model is None else ""
             return Attempt(Status.FAILED, failure=failure, unloadable=unloadable, wrong_input=wrong)
 
-    def model(self, cell: Cell) -> Any:
-        """The loaded model of a cell, unpruned; only one is held at a time, one that fails is not tried again."""
+    def model(self, cell: Cell) -> LoadedModel:
+        """The loaded model of a cell; only one is held at a time, one that fails is not tried again."""
         if cell.model in self._broken_models:
             raise self._broken_models[cell.model]
-        load_harness()
-        from vtoken.eval.model.reduced import ReducedModel
-
         if self._loaded is None or self._loaded[0] != cell.model:
             self._loaded = None  # frees the former one first
             self.listener.loading(cell.model)
             try:
-                self._loaded = (cell.model, ReducedModel(cell.model))
+                self._loaded = (cell.model, LoadedModel(cell.model))
             except Exception as error:
                 self._broken_models[cell.model] = error
                 raise
-        model = self._loaded[1]
-        model.batch_size = cell.batch_size
-        model.use(None)
-        return model
+        return self._loaded[1]
 
     def task(self, cell: Cell) -> Any:
         """The task of a cell; one that cannot be loaded is not tried again, since lmms-eval takes 20 s to give up."""
@@ -136,7 +134,7 @@ class Runner:
             self._broken_tasks[key] = error
             raise
 
-    def _run_cell(self, cell: Cell, model: Any, check_lock: Callable[[], None]) -> Result:
+    def _run_cell(self, cell: Cell, model: LoadedModel, check_lock: Callable[[], None]) -> Result:
         task = self.task(cell)
         started = time.perf_counter()
 
@@ -145,10 +143,10 @@ class Runner:
             self.listener.answered(cell, count)
 
         log = SampleLog(self.store.path(cell.id, ANSWERS), beside=self.store.answers(cell.id))
-        with log, at_work(model, cell, log, answered):
-            self.answer_ahead(cell, model, task)
+        with log:
+            answering = self.answering(cell, model, log, answered)
             folder = self.store.path(cell.id, "")
-            found = evaluate(model, task, limit=cell.limit, seed=cell.seed, output=folder)
+            found = evaluate(answering, task, limit=cell.limit, seed=cell.seed, output=folder)
         result, samples = self._result(task, found, started)
         check_lock()
         self.store.save(cell.record(result), samples)
@@ -157,7 +155,11 @@ class Runner:
     def _result(self, task: Any, found: Evaluation, started: float) -> tuple[Result, list[dict[str, Any]]]:
         metric = main_metric(found.samples[0], task)
         samples = [
-            flatten(sample, metric if metric in sample else main_metric(sample, task))  # mme logs one of two
+            flatten(
+                sample,
+                metric if metric in sample else main_metric(sample, task),  # mme logs one of two
+                found.answers[sample["doc_id"]],
+            )
             for sample in found.samples
         ]
         empty = sum(not sample["answer"].strip() for sample in samples)
@@ -173,8 +175,11 @@ class Runner:
         )
         return result, samples
 
-    def answer_ahead(self, cell: Cell, model: Any, task: Any) -> None:
-        """Overridden where other processes help: fill the model's log before the evaluation reads it."""
+    def answering(self, cell: Cell, model: LoadedModel, log: SampleLog, answered: Callable[[int], None]) -> Answering:
+        """How the questions of a cell are answered; overridden where other processes help."""
+        return functools.partial(
+            model.answer, reducer=cell.reducer, log=log, on_answers=answered, batch_size=cell.batch_size
+        )
 
     def _check_empty(self, empty: int, documents: int) -> None:
         if empty > self.empty_limit * documents:
@@ -182,15 +187,3 @@ class Runner:
                 f"{empty} of {documents} answers are empty, more than empty_limit={self.empty_limit:g} allows: "
                 "the reducer or the model is broken, or the task expects it and needs a higher limit."
             )
-
-
-@contextlib.contextmanager
-def at_work(model: Any, cell: Cell, log: SampleLog, answered: Callable[[int], None]) -> Iterator[None]:
-    """The model with the cell's reducer, logging its answers and telling how many; bare again afterwards."""
-    model.log, model.on_answers = log, answered
-    try:
-        model.use(cell.reducer)
-        yield
-    finally:
-        model.log, model.on_answers = None, lambda count: None
-        model.use(None)

@@ -13,6 +13,7 @@ import pytest
 
 from vtoken.eval.harness import driver
 from vtoken.eval.harness.tasksource import load_task, resolve_tasks
+from vtoken.eval.model.loaded import LoadedModel
 from vtoken.eval.model.loading import ModelSpec, model_type, weights_id
 from vtoken.eval.running.runner import Runner
 from vtoken.eval.store.results import RESULT, SAMPLES, Store
@@ -188,9 +189,7 @@ def test_sampled_answers_do_not_depend_on_where_a_run_was_interrupted(cells, sto
     run(store, cell)
     whole = [sample["answer"] for sample in store.samples(cell.id)]
 
-    from vtoken.eval.model.reduced import ReducedModel
-
-    original, calls = ReducedModel.answer, []
+    original, calls = LoadedModel.generate, []
 
     def dies(self, *args):
         calls.append(1)
@@ -198,7 +197,7 @@ def test_sampled_answers_do_not_depend_on_where_a_run_was_interrupted(cells, sto
             raise KeyboardInterrupt
         return original(self, *args)
 
-    monkeypatch.setattr(ReducedModel, "answer", dies)
+    monkeypatch.setattr(LoadedModel, "generate", dies)
     halfway = Store(tmp_path / "halfway")
     with pytest.raises(KeyboardInterrupt):
         Runner(halfway, empty_limit=1.0).run([cell])

@@ -196,7 +196,7 @@ def test_nothing_can_be_run_if_the_only_model_cannot_be_loaded(store, unloadable
 def test_mostly_empty_answers_are_a_failure_and_not_a_bad_score(runner, store, make_cell, monkeypatch):
     cell = make_cell("random", keep=0.5)
     texts = iter(["", " ", "red", "", "\n", "blue", "", "yes"])
-    monkeypatch.setattr("vtoken.eval.model.reduced.cut_at", lambda text, until: next(texts))
+    monkeypatch.setattr("vtoken.eval.model.loaded.cut_at", lambda text, until: next(texts))
     assert runner.run([cell]).failed == [cell]
     assert "5 of 8 answers are empty, more than empty_limit=0.5 allows" in store.failure(cell.id).error
     assert store.result(cell.id) is None
