@@ -40,6 +40,8 @@ class Row:
         Accuracy by kind of question, where the task has kinds.
     prefill_ms, speedup, kv_bytes : float or None
         Measured cost, see `vtoken.profile.measure_prefill`.
+    left_out : int
+        Documents that could not be asked about.
     error : str
         What the cell raised, "" if it finished.
     source : str
@@ -69,6 +71,7 @@ class Row:
     versus_reference: Paired | None = None
     reference: str = ""
     evidence_recall: float | None = None
+    left_out: int = 0
 
 
 def summarize(cells: Sequence[Cell], store: Store) -> list[Row]:
@@ -159,6 +162,7 @@ def _row(run: Run) -> Row:
         **costs,
         source=run.source,
         documents=len(run.samples),
+        left_out=len(run.record.result.left_out) if run.record.result else 0,
         accuracy=accuracy([s["score"] for s in run.samples], _clusters(run.samples)),
         kinds=_by_kind(run.samples),
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtoken.eval.errors import EvalError
+from vtoken.eval.errors import DocumentError, EvalError
 from vtoken.eval.executors.base import check_count
 from vtoken.eval.executors.local import LocalExecutor
 from vtoken.eval.executors.team import Team, share
@@ -58,7 +58,7 @@ class AccelerateExecutor(LocalExecutor):
                 )
         size = self.processes or torch.accelerator.device_count() or WITHOUT_ACCELERATOR
         with Team(store.root, size) as team:
-            self._runner = SharingRunner(store, listener, self.empty_limit, team=team)
+            self._runner = SharingRunner(store, listener, self.empty_limit, self.skip_broken, team=team)
             return self._runner.run(cells)
 
 
@@ -69,16 +69,24 @@ class SharingRunner(Runner):
         super().__init__(*arguments)
         self.team = team
 
-    def answering(self, cell: Cell, model: LoadedModel, log: SampleLog, answered: Callable[[int], None]) -> Answering:
+    def answering(
+        self,
+        cell: Cell,
+        model: LoadedModel,
+        log: SampleLog,
+        answered: Callable[[int], None],
+        broken: Callable[[DocumentError], None],
+    ) -> Answering:
         """See `Runner`."""
 
         def heard(count: int) -> None:
             answered(count)
             self.team.listen(0, answered, self.listener.trouble)
 
-        def together(questions: Sequence[Question]) -> Sequence[Answer]:
+        def together(questions: Sequence[Question]) -> Sequence[Answer | None]:
             self.team.ask(cell)
-            answer = functools.partial(model.answer, reducer=cell.reducer, log=log, batch_size=cell.batch_size)
+            told = {"reducer": cell.reducer, "log": log, "on_broken": broken, "batch_size": cell.batch_size}
+            answer: Any = functools.partial(model.answer, **told)
             answer(share(questions, cell.batch_size, 0, self.team.size), on_answers=heard)
             while self.team.is_busy:
                 self.team.listen(1.0, answered, self.listener.trouble)

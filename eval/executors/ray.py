@@ -83,7 +83,8 @@ class RayExecutor(Executor):
                     f"worker with cpus_per_worker={self.cpus_per_worker} and gpus_per_worker={gpus:g}."
                 )
             resources = {"num_cpus": self.cpus_per_worker, "num_gpus": gpus}
-            sweep = RaySweep(store, listener, resources, self.workers or int(room), self.retries, self.empty_limit)
+            limits = self.empty_limit, self.skip_broken
+            sweep = RaySweep(store, listener, resources, self.workers or int(room), self.retries, limits)
             return sweep.run(cells)
 
     @contextlib.contextmanager

@@ -47,6 +47,8 @@ class RaySweep:
         At most.
     retries : int
         See `RayExecutor`.
+    limits : tuple
+        ``empty_limit`` and ``skip_broken`` of every `Runner`.
     """
 
     def __init__(
@@ -56,12 +58,12 @@ class RaySweep:
         resources: Mapping[str, float],
         workers: int,
         retries: int,
-        empty_limit: float,
+        limits: tuple[float, int],
     ) -> None:
         self.store, self.listener, self.workers, self.retries = store, listener, workers, retries
         self.root = store.root.resolve()
         self.actor = ray.remote(**resources)(Worker)
-        self.empty_limit = empty_limit
+        self.limits = limits
         self.hands: list[Hand] = []
         self.left: list[Cell] = []
         self.busy_until: dict[str, float] = {}  # cells of other runners, by when to look at them again
@@ -96,7 +98,7 @@ class RaySweep:
     def _hire(self) -> None:
         """As many workers as there is work for; one that the cluster has no room for yet holds no cell."""
         while len(self.hands) < min(self.workers, len(self.left) + sum(bool(hand.cell) for hand in self.hands)):
-            actor = self.actor.remote(self.root, self.empty_limit)
+            actor = self.actor.remote(self.root, *self.limits)
             stream = actor.start.options(num_returns="streaming").remote(self.proof, self.expected)
             self.hands.append(Hand(actor, stream))
 

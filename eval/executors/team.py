@@ -134,15 +134,14 @@ def _serve(runner: Runner, pipe: Any, cell: Cell, rank: int, size: int) -> None:
 
 
 def answer_share(runner: Runner, cell: Cell, rank: int, size: int, answered: Callable[[int], None]) -> None:
-    """Answer a helper's share of a cell into a log of its own."""
+    """Answer a helper's share of a cell into a log of its own; broken documents are for the leader to judge."""
     model = runner.model(dataclasses.replace(cell, model=place(cell.model, rank)))
     task = runner.task(cell)
     path = runner.store.path(cell.id, f"answers-{rank}.jsonl")
     questions = collect_questions(task, limit=cell.limit, seed=cell.seed, output=path.parent)
     with SampleLog(path, beside=runner.store.answers(cell.id)) as log:
-        model.answer(
-            share(questions, cell.batch_size, rank, size), cell.reducer, log, answered, batch_size=cell.batch_size
-        )
+        mine = share(questions, cell.batch_size, rank, size)
+        model.answer(mine, cell.reducer, log, answered, lambda error: None, batch_size=cell.batch_size)
 
 
 def share(questions: Sequence[Question], batch_size: int, rank: int, size: int) -> list[Question]:

@@ -15,7 +15,7 @@ from lmms_eval.protocol import ChatMessages
 
 from vtoken.eval.model.questions import Answer, Question
 
-Answering = Callable[[Sequence[Question]], Sequence[Answer]]
+Answering = Callable[[Sequence[Question]], Sequence[Answer | None]]
 
 
 @dataclass
@@ -46,7 +46,9 @@ class Asked(lmms):
     Parameters
     ----------
     answering : callable
-        Answers questions, in their order.
+        Answers questions, in their order; None for documents that are left out.
+    leave_out : callable
+        Told their numbers: lmms-eval must not score them.
 
     Attributes
     ----------
@@ -56,18 +58,21 @@ class Asked(lmms):
 
     is_simple = False
 
-    def __init__(self, answering: Answering) -> None:
+    def __init__(self, answering: Answering, leave_out: Callable[[set[int]], None] = lambda doc_ids: None) -> None:
         super().__init__()
-        self._answering = answering
+        self._answering, self._leave_out = answering, leave_out
         self.answers: dict[int, Answer] = {}
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer all requests, in their order; any failure is raised."""
         questions = [question_of(request, self.task_dict) for request in requests]
         found = self._answering(questions)
+        if broken := {question.doc_id for question, answer in zip(questions, found, strict=True) if answer is None}:
+            self._leave_out(broken)
         for question, answer in zip(questions, found, strict=True):
-            self.answers.setdefault(question.doc_id, answer)
-        return [GenerationResult(answer.text, SampleCounts(**answer.counts)) for answer in found]
+            if answer is not None:
+                self.answers.setdefault(question.doc_id, answer)
+        return [_result(answer or Answer("", {})) for answer in found]
 
     def clean(self) -> None:
         """Keep the model: lmms-eval would delete it at the end of every evaluation."""
@@ -79,6 +84,10 @@ class Asked(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not offered."""
         raise NotImplementedError("The vtoken model answers single questions only: choose a generate_until task.")
+
+
+def _result(answer: Answer) -> GenerationResult:
+    return GenerationResult(answer.text, SampleCounts(**answer.counts))
 
 
 def question_of(request: Instance, tasks: Mapping[str, Mapping[str, Sequence]]) -> Question:

@@ -130,7 +130,12 @@ def evaluate(answering: Answering, task: Any, *, limit: int | None, seed: int, o
     evaluator = load_harness()
     from vtoken.eval.harness.asked import Asked
 
-    asked = Asked(answering)
+    def leave_out(doc_ids: set[int]) -> None:
+        task._instances = [one for one in task.instances if one.doc_id not in doc_ids]
+        if not task.instances:
+            raise EvalError(f"No document of the task {task.config.task!r} can be asked about.")
+
+    asked = Asked(answering, leave_out)
     # Without cli_args lmms-eval strips no reasoning tags, decodes every image twice and writes into the working
     # directory (`lmms_eval.evaluator.evaluate`).
     arguments = argparse.Namespace(

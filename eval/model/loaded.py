@@ -16,15 +16,20 @@ import torch
 from torch import Tensor
 
 import vtoken
-from vtoken.eval.errors import EvalError
+from vtoken.eval.errors import DocumentError, EvalError
 from vtoken.eval.model.counts import Visual, count_pruned, count_unpruned, visual_token_ids
 from vtoken.eval.model.evidence import Boxes, EvidenceReader
 from vtoken.eval.model.generation import cut_at, generation_options
 from vtoken.eval.model.loading import ModelSpec, load_model
 from vtoken.eval.model.preprocessing import Conversation, media, preprocessing
-from vtoken.eval.model.questions import Answer, Question, batches
+from vtoken.eval.model.questions import Answer, Prepared, Question, batches
 from vtoken.eval.store.samplelog import SampleLog
 from vtoken.reducers.base import Reducer
+
+
+def refuse(error: DocumentError) -> None:
+    """What to do about a document that cannot be read: give up."""
+    raise error
 
 
 class LoadedModel:
@@ -56,9 +61,10 @@ class LoadedModel:
         reducer: Reducer | None = None,
         log: SampleLog | None = None,
         on_answers: Callable[[int], None] = lambda count: None,
+        on_broken: Callable[[DocumentError], None] = refuse,
         *,
         batch_size: int = 1,
-    ) -> list[Answer]:
+    ) -> list[Answer | None]:
         """Answer questions, in their order; any failure is raised.
 
         Parameters
@@ -70,34 +76,70 @@ class LoadedModel:
             Where answers are kept, and taken from: whole batches, for an answer must not depend on where a run was
             interrupted.
         on_answers : callable
-            Told how many more questions are answered.
+            Told how many more questions are dealt with.
+        on_broken : callable
+            Told of a document that cannot be read; if it returns, that one has no answer (None).
         batch_size : int
             Prompts per forward pass, padded on the left.
+
+        Raises
+        ------
+        DocumentError
+            If a document cannot be read, or the model or the reducer fails on a batch of them.
         """
         found: dict[int, Answer] = {}
         with self.under(reducer):
             for numbers in batches(questions, batch_size):
-                answers = self._answer_batch([questions[i] for i in numbers], reducer, log)
-                found.update(zip(numbers, answers, strict=True))
+                found |= self._answer_batch({i: questions[i] for i in numbers}, reducer, log, on_broken)
                 on_answers(len(numbers))
-        return [found[i] for i in range(len(questions))]
+        return [found.get(i) for i in range(len(questions))]
 
     def _answer_batch(
-        self, questions: Sequence[Question], reducer: Reducer | None, log: SampleLog | None
-    ) -> list[Answer]:
-        batch = [question.prepare() for question in questions]
+        self,
+        questions: Mapping[int, Question],
+        reducer: Reducer | None,
+        log: SampleLog | None,
+        on_broken: Callable[[DocumentError], None],
+    ) -> dict[int, Answer]:
+        batch = _prepared(questions, on_broken)
+        if not batch:
+            return {}
         if log is not None:
-            logged = [log.get(asked.key) for asked in batch]
-            if all(logged):
-                return [Answer(**answer) for answer in logged if answer]
-        talks, evidence = [asked.conversation for asked in batch], [asked.evidence for asked in batch]
-        said = self.generate(talks, questions[0].arguments, reducer, evidence)
-        answers = [
-            Answer(text, counts, asked.key, asked.picture) for (text, counts), asked in zip(said, batch, strict=True)
-        ]
+            logged = {number: log.get(asked.key) for number, asked in batch.items()}
+            if all(logged.values()):
+                return {number: Answer(**answer) for number, answer in logged.items() if answer}
+        talks = [asked.conversation for asked in batch.values()]
+        first = next(iter(questions.values()))
+        try:
+            said = self.generate(talks, first.arguments, reducer, [asked.evidence for asked in batch.values()])
+        except EvalError:
+            raise
+        except Exception as error:
+            readable = self._readable(batch, on_broken)
+            if len(readable) == len(batch):
+                raise DocumentError(first.task, [asked.question.doc_id for asked in batch.values()], error) from error
+            return self._answer_batch(readable, reducer, log, on_broken)
+        answers = {
+            number: Answer(text, counts, asked.key, asked.picture)
+            for (number, asked), (text, counts) in zip(batch.items(), said, strict=True)
+        }
         if log is not None:
-            log.add({answer.prompt: answer.as_dict() for answer in answers})
+            log.add({answer.prompt: answer.as_dict() for answer in answers.values()})
         return answers
+
+    def _readable(
+        self, batch: Mapping[int, Prepared], on_broken: Callable[[DocumentError], None]
+    ) -> dict[int, Question]:
+        """The questions of a batch that failed whose pictures and clips the processor takes."""
+        found = {}
+        for number, asked in batch.items():
+            try:
+                self.encode([asked.conversation])
+            except Exception as error:
+                on_broken(DocumentError(asked.question.task, [asked.question.doc_id], error))
+            else:
+                found[number] = asked.question
+        return found
 
     def encode(self, conversations: Sequence[Conversation]) -> Any:
         """Model inputs of a left-padded batch."""
@@ -174,6 +216,19 @@ class LoadedModel:
         if reducer is None or not any(v.visual_tokens for v in whole):
             return whole
         return count_pruned(vtoken.stats(self.model), len(input_ids), beams)
+
+
+def _prepared(questions: Mapping[int, Question], on_broken: Callable[[DocumentError], None]) -> dict[int, Prepared]:
+    """Questions with their pictures in memory, but for those that cannot be read."""
+    found = {}
+    for number, question in questions.items():
+        try:
+            found[number] = question.prepare()
+        except EvalError:
+            raise
+        except Exception as error:  # decoders raise types of their own
+            on_broken(DocumentError(question.task, [question.doc_id], error))
+    return found
 
 
 @contextlib.contextmanager

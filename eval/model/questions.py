@@ -45,7 +45,9 @@ class Question:
     def prepare(self) -> Prepared:
         """Read the document and decode its pictures."""
         document = self.read()
-        return Prepared(self, self.converse(document), document.get("evidence_boxes"))
+        found = Prepared(self, self.converse(document), document.get("evidence_boxes"))
+        _ = found.key  # takes the pixels: images from files are decoded no earlier
+        return found
 
 
 @dataclass(frozen=True)

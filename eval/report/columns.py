@@ -132,6 +132,14 @@ COLUMNS: tuple[Column, ...] = (
     REDUCER,
     KEEP,
     _value("documents"),
+    Column(
+        "left_out",
+        "left out",
+        lambda row: str(row.left_out or ""),
+        Narrow("out"),
+        "left out (out): documents that could not be read and are not counted (--skip-broken).",
+        lambda rows: any(row.left_out for row in rows),
+    ),
     Column("accuracy", "accuracy % [95 % CI]", accuracy_text, Narrow("accuracy", plus_minus_text)),
     Column(
         "versus_unpruned",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 
-from vtoken.eval.errors import reason
+from vtoken.eval.errors import DocumentError, reason
 from vtoken.eval.running.listener import Listener, Outcome
 from vtoken.eval.store.record import Failure, Result
 from vtoken.eval.sweeps.cells import Cell
@@ -62,4 +62,5 @@ def conclude(cell: Cell, attempt: Attempt, outcome: Outcome, listener: Listener)
 def failure_of(error: BaseException) -> Failure:
     """What is recorded of an error."""
     trace = "".join(traceback.format_exception(error))
-    return Failure(error=reason(error), traceback=trace, at=datetime.now(UTC).isoformat())
+    documents = list(error.documents) if isinstance(error, DocumentError) else []
+    return Failure(error=reason(error), traceback=trace, at=datetime.now(UTC).isoformat(), documents=documents)

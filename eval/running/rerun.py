@@ -31,8 +31,8 @@ def recorded(record: CellRecord) -> Cell:
     return dataclasses.replace(cell, task=as_it_is_now(cell.task))
 
 
-def rerun(cell: Cell, folder: Path, listener: Listener | None = None) -> Run:
-    """Run a cell into a results folder.
+def rerun(record: CellRecord, cell: Cell, folder: Path, listener: Listener | None = None) -> Run:
+    """Run a recorded cell into a results folder; it may leave out as many documents as it did.
 
     Raises
     ------
@@ -40,7 +40,8 @@ def rerun(cell: Cell, folder: Path, listener: Listener | None = None) -> Run:
         If its model cannot be loaded, or another runner is at the cell.
     """
     store = Store(folder)
-    Runner(store, listener, empty_limit=ANY_NUMBER).run([cell])
+    skipped = len(record.result.left_out) if record.result else 0
+    Runner(store, listener, empty_limit=ANY_NUMBER, skip_broken=skipped).run([cell])
     found = read_run(store.path(cell.id, ""))
     if found is None:
         raise EvalError(f"Cell {cell.id} left nothing in {str(folder)!r}: is another process working there?")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vtoken.eval.errors import EvalError
+from vtoken.eval.errors import DocumentError, EvalError
 from vtoken.eval.harness.driver import Evaluation, evaluate
 from vtoken.eval.harness.scores import flatten, main_metric
 from vtoken.eval.harness.tasksource import load_task
@@ -41,10 +41,19 @@ class Runner:
         Told about progress.
     empty_limit : float
         A cell of whose answers a larger share than this is empty fails: a broken model must not look like a bad one.
+    skip_broken : int
+        How many documents that cannot be read a cell may leave out; with one more it fails.
     """
 
-    def __init__(self, store: Store, listener: Listener | None = None, empty_limit: float = EMPTY_LIMIT) -> None:
-        self.store, self.listener, self.empty_limit = store, listener or Listener(), empty_limit
+    def __init__(
+        self,
+        store: Store,
+        listener: Listener | None = None,
+        empty_limit: float = EMPTY_LIMIT,
+        skip_broken: int = 0,
+    ) -> None:
+        self.store, self.listener = store, listener or Listener()
+        self.empty_limit, self.skip_broken = empty_limit, skip_broken
         self._loaded: tuple[ModelSpec, LoadedModel] | None = None
         self._broken_models: dict[ModelSpec, Exception] = {}
         self._broken_tasks: dict[tuple[str, ...], Exception] = {}
@@ -143,16 +152,24 @@ class Runner:
             self.listener.answered(cell, count)
 
         log = SampleLog(self.store.path(cell.id, ANSWERS), beside=self.store.answers(cell.id))
+        left_out: dict[int, str] = {}
+
+        def broken(error: DocumentError) -> None:
+            left_out.update(dict.fromkeys(error.documents, str(error)))
+            if len(left_out) > self.skip_broken:
+                raise error
+
         with log:
-            answering = self.answering(cell, model, log, answered)
+            answering = self.answering(cell, model, log, answered, broken)
             folder = self.store.path(cell.id, "")
             found = evaluate(answering, task, limit=cell.limit, seed=cell.seed, output=folder)
-        result, samples = self._result(task, found, started)
+        seconds = time.perf_counter() - started
+        result, samples = self._result(task, found, left_out=left_out, seconds=seconds)
         check_lock()
         self.store.save(cell.record(result), samples)
         return result
 
-    def _result(self, task: Any, found: Evaluation, started: float) -> tuple[Result, list[dict[str, Any]]]:
+    def _result(self, task: Any, found: Evaluation, **noted: Any) -> tuple[Result, list[dict[str, Any]]]:
         metric = main_metric(found.samples[0], task)
         samples = [
             flatten(
@@ -171,15 +188,21 @@ class Runner:
             empty_answers=empty,
             prompts=prompts_digest(samples),
             dataset=str(getattr(task.eval_docs, "_fingerprint", "")),
-            seconds=time.perf_counter() - started,
+            **noted,
         )
         return result, samples
 
-    def answering(self, cell: Cell, model: LoadedModel, log: SampleLog, answered: Callable[[int], None]) -> Answering:
+    def answering(
+        self,
+        cell: Cell,
+        model: LoadedModel,
+        log: SampleLog,
+        answered: Callable[[int], None],
+        broken: Callable[[DocumentError], None],
+    ) -> Answering:
         """How the questions of a cell are answered; overridden where other processes help."""
-        return functools.partial(
-            model.answer, reducer=cell.reducer, log=log, on_answers=answered, batch_size=cell.batch_size
-        )
+        told = {"on_answers": answered, "on_broken": broken}
+        return functools.partial(model.answer, reducer=cell.reducer, log=log, batch_size=cell.batch_size, **told)
 
     def _check_empty(self, empty: int, documents: int) -> None:
         if empty > self.empty_limit * documents:

@@ -109,6 +109,8 @@ class Result(_Part):
     metric, metrics : str, dict
         The one that decides, and all of the task.
     documents, empty_answers : int
+    left_out : dict
+        Documents that could not be asked about, with the reason; ``documents`` does not count them.
     prompts, dataset : str
         Hash of everything that was asked, and the dataset's own fingerprint.
     seconds : float
@@ -119,15 +121,24 @@ class Result(_Part):
     metrics: dict[str, float] = {}
     documents: int = 0
     empty_answers: int = 0
+    left_out: dict[int, str] = {}
     prompts: str = ""
     dataset: str = ""
     seconds: float = 0.0
 
 
 class Failure(_Part):
-    """How a cell failed."""
+    """How a cell failed.
+
+    Parameters
+    ----------
+    error, traceback, at : str
+    documents : list of int
+        Those of its task that were asked about when it did, where it was one of them or their batch.
+    """
 
     error: str
+    documents: list[int] = []
     traceback: str = ""
     at: str = ""
 

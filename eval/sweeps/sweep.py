@@ -52,6 +52,8 @@ class Sweep(BaseModel):
         A name, or a mapping with the key ``name`` and options, see `vtoken.eval.executors`.
     empty_limit : float, optional
         Share of empty answers above which a cell fails; the executor's default otherwise.
+    skip_broken : int, optional
+        Documents that cannot be read which a cell may leave out; the executor's default otherwise.
     out : str, optional
         Results folder.
     """
@@ -68,6 +70,7 @@ class Sweep(BaseModel):
     preprocessing: str = PRESETS[0]
     executor: ExecutorEntry = ExecutorEntry()
     empty_limit: float | None = Field(default=None, ge=0, le=1)
+    skip_broken: int | None = Field(default=None, ge=0)
     out: str | None = None
     _where: str = PrivateAttr(default="")
 

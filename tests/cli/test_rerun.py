@@ -93,7 +93,7 @@ def test_a_cell_that_failed_is_run_again_too(cells, checkpoint, tmp_path, monkey
     (failed,) = [path.parent for path in (tmp_path / "bad").rglob("failure.json")]
     done = invoke("rerun", failed)
     assert done.exit_code == 1
-    assert "error: division by zero then, none now" in done.stdout
+    assert "error: documents 0 to 1 of task 'mini': division by zero then, none now" in done.stdout
 
 
 def test_what_cannot_be_run_again_is_a_sentence(cells, checkpoint, tmp_path):

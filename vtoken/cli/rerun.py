@@ -66,7 +66,7 @@ def _run(then: Run, folder: Path) -> Run:
     disable_progress_bar()
     cell = recorded(then.record)
     with CellProgress(err(), 1) as progress:
-        return rerun(cell, folder, progress)
+        return rerun(then.record, cell, folder, progress)
 
 
 def _show(then: Run, now: Run, found: Sequence[Difference]) -> None:

@@ -37,6 +37,9 @@ def sweep_command(
         Path | None, typer.Option("--out", help="Results folder; by default the file's, or vtoken-results/NAME.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    skip_broken: Annotated[
+        int | None, typer.Option(help="Unreadable documents that a cell may leave out; 0 by default.")
+    ] = None,
 ) -> None:
     """Run the sweep of a YAML file; stop it, run it again, and it goes on."""
     with sentences():
@@ -47,7 +50,7 @@ def sweep_command(
 
         require()
         path = _find(file)
-        sweep = load_sweep(path, {"limit": limit}).limited(limit)
+        sweep = load_sweep(path, {"limit": limit, "skip_broken": skip_broken}).limited(limit)
         worker = _executor(sweep, executor or sweep.executor.name, address)
         pins = Pins(offline=dry_run)
         cells = sweep.cells(pins)
@@ -73,7 +76,7 @@ def _executor(sweep: Sweep, name: str, address: str | None) -> Executor:
     from vtoken.eval.executors import get_executor
 
     options = sweep.executor.options if name == sweep.executor.name else {}
-    given = {"address": address, "empty_limit": sweep.empty_limit}
+    given = {"address": address, "empty_limit": sweep.empty_limit, "skip_broken": sweep.skip_broken}
     return get_executor(name, **options, **{key: value for key, value in given.items() if value is not None})
 
 

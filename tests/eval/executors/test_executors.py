@@ -62,7 +62,7 @@ def contents(cells, store):
 
 def test_names_and_options():
     assert names() == ["local", "accelerate", "ray"]
-    assert options("local") == ["empty_limit"]
+    assert options("local") == ["empty_limit", "skip_broken"]
     assert {"address", "workers", "gpus_per_worker", "cpus_per_worker", "retries"} < set(options("ray"))
 
 
@@ -73,6 +73,7 @@ def test_names_and_options():
         ("ray", {"worker": 2}, "Unknown ray executor option 'worker': did you mean 'workers'?"),
         ("local", {"empty_limit": 2}, "empty_limit=2 is not possible"),
         ("local", {"empty_limit": "no"}, "empty_limit='no' is not possible"),
+        ("local", {"skip_broken": -1}, "skip_broken=-1 is not possible"),
         ("accelerate", {"processes": 0}, "processes=0 is not possible"),
         ("ray", {"workers": 1.5}, "workers=1.5 is not possible"),
         ("ray", {"retries": -1}, "retries=-1 is not possible"),

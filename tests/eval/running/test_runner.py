@@ -90,7 +90,8 @@ def test_a_raising_cell_has_no_score_and_stops_nothing(runner, store, make_cell,
     assert "shapes do not match" in store.failure(broken.id).error
     assert "Traceback" in store.failure(broken.id).traceback
     row = summarize([broken], store)[0]
-    assert (row.error, row.accuracy) == ("shapes do not match", None)
+    assert (row.error, row.accuracy) == ("documents 0 to 3 of task 'mini': shapes do not match", None)
+    assert store.failure(broken.id).documents == [0, 1, 2, 3]
 
 
 def test_a_failed_cell_is_tried_again(runner, store, broken):
