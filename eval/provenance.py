@@ -93,14 +93,21 @@ def digest_of(files: Mapping[str, Path]) -> str:
 
 
 def foreign_code(reducer: Reducer | None) -> str:
-    """Hash of the module that defines a reducer from outside of the package, "" for ours."""
+    """Hash of the modules that define a reducer, or stages of a chain, from outside of the package, "" for ours."""
+    if reducer is None:
+        return ""
+    codes = (_code(stage) for stage in getattr(reducer, "reducers", (reducer,)))
+    return ",".join(code for code in codes if code)
+
+
+def _code(reducer: Reducer) -> str:
     module = inspect.getmodule(type(reducer))
-    if reducer is None or module is None or module.__name__.split(".")[0] == "vtoken":
+    if module is None or module.__name__.split(".")[0] == "vtoken":
         return ""
     try:
         return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]
-    except OSError:  # typed into an interpreter
-        return ""
+    except OSError:  # of an interpreter's prompt
+        return "unknown"
 
 
 def files_digest(reducer: Reducer | None) -> str:

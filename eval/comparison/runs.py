@@ -22,13 +22,12 @@ RANDOM = "random"
 
 
 class Group(NamedTuple):
-    """What is equal for the cells of one folder that differ in their reducer only."""
+    """What is equal for the cells of one folder that differ in their reducer and seed only."""
 
     source: str
     model: ModelIdentity
     task: TaskIdentity
     limit: int | None
-    seed: int
     batch_size: int
 
 
@@ -46,12 +45,15 @@ class Run:
         ``profile.json``; empty for a cell that was not measured.
     source : str
         Where it was read from, if several folders are compared.
+    by_seed : sequence of float
+        Accuracy of every seed, for a run that stands for several, see `vtoken.eval.comparison.seeds`.
     """
 
     record: CellRecord
     samples: Sequence[dict[str, Any]] = ()
     profile: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    by_seed: Sequence[float] = ()
 
     @property
     def id(self) -> str:
@@ -85,10 +87,15 @@ class Run:
         return (failure.error or "unknown error") if failure else ""
 
     @property
+    def seed(self) -> int | None:
+        """None for a run that stands for all seeds."""
+        return self.record.cell.seed
+
+    @property
     def group(self) -> Group:
-        """Equal for the cells of one sweep that differ in their reducer only."""
+        """Equal for the cells of one sweep that differ in their reducer and seed only."""
         cell = self.record.cell
-        return Group(self.source, cell.model, cell.task, cell.limit, cell.seed, cell.batch_size)
+        return Group(self.source, cell.model, cell.task, cell.limit, cell.batch_size)
 
     @property
     def name(self) -> str:
@@ -127,8 +134,10 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def _cells(table: Path) -> list[Path]:
-    """The folders of the cells of a ``results.json``."""
-    return [table.parent / "cells" / str(row.get("cell")) for row in (read_json(table) or {}).get("rows", [])]
+    """The folders of the cells of a ``results.json``; tables of older versions had a row for each."""
+    data = read_json(table) or {}
+    cells = data.get("cells") or [row.get("cell") for row in data.get("rows", [])]
+    return [table.parent / "cells" / str(cell) for cell in cells]
 
 
 def find_cell(cell: str, folders: Sequence[Path]) -> Path | None:

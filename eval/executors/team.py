@@ -138,7 +138,7 @@ def answer_share(runner: Runner, cell: Cell, rank: int, size: int, answered: Cal
     model = runner.model(dataclasses.replace(cell, model=place(cell.model, rank)))
     task = runner.task(cell)
     path = runner.store.path(cell.id, f"answers-{rank}.jsonl")
-    questions = collect_questions(task, limit=cell.limit, seed=cell.seed, output=path.parent)
+    questions = collect_questions(task, limit=cell.limit, seed=cell.seed or 0, output=path.parent)
     with SampleLog(path, beside=runner.store.answers(cell.id)) as log:
         mine = share(questions, cell.batch_size, rank, size)
         model.answer(mine, cell.reducer, log, answered, lambda error: None, batch_size=cell.batch_size)

@@ -9,8 +9,8 @@ import importlib.metadata
 import itertools
 import os
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ STOCK_PROMPTS = {
 LOCAL = "local"
 """Version of tasks of a folder."""
 _TASKS = ("task", "python_task")
+_DRAWING = ("random", "shuffle", "llm_judge", "OPENAI_API_KEY")  # what code says that draws, or asks a model that does
 _NAME = re.compile(r"^(?:task|group): *[\"']?([^\s\"'#]+)", re.MULTILINE)  # in a task YAML
 
 
@@ -55,12 +56,15 @@ class TaskRef:
         pinned by the dataset's own fingerprint, which the result records).
     folder : str
         Where a task of the user's is defined, "" for others. The fingerprint pins what is in it, so that it may move.
+    draws : bool
+        Whether a seed might change what is asked, answered or scored, see `may_draw`. It decides nothing itself.
     """
 
     name: str
     version: str
     fingerprint: str
     folder: str = ""
+    draws: bool = field(default=True, compare=False)
 
     @property
     def identity(self) -> TaskIdentity:
@@ -110,7 +114,8 @@ def folder_tasks(folder: str, names: Sequence[str] = ()) -> list[TaskRef]:
         raise EvalError(f"The folder {folder!r} defines no lmms-eval task: put YAML files with the key 'task' into it.")
     leaves = [leaf for name in names or defined for leaf in _leaves(name, manager)]
     digest = _folder_digest(root)
-    return [TaskRef(leaf, LOCAL, digest, str(root)) for leaf in dict.fromkeys(leaves)]
+    files = {leaf: Path(manager.task_index[leaf]["yaml_path"]) for leaf in leaves}
+    return [TaskRef(leaf, LOCAL, digest, str(root), may_draw(file)) for leaf, file in files.items()]
 
 
 def as_it_is_now(ref: TaskRef) -> TaskRef:
@@ -140,7 +145,7 @@ def _bundled(name: str) -> TaskRef:
 
     config = yaml.load((FOLDER / f"{name}.yaml").read_text(), Loader=OpaqueLoader)
     data = (config.get("dataset_kwargs") or {}).get("name", MIXED)
-    return TaskRef(name, str(version(data)), load_data(data).fingerprint)
+    return TaskRef(name, str(version(data)), load_data(data).fingerprint, draws=False)
 
 
 def named_files(names: Collection[str]) -> dict[str, Path]:
@@ -175,7 +180,25 @@ OpaqueLoader.add_constructor("!function", lambda loader, node: node.value)
 def _foreign(name: str) -> TaskRef:
     path = Path(_manager(None).task_index[name]["yaml_path"])
     version = f"lmms-eval {importlib.metadata.version('lmms-eval')}"
-    return TaskRef(name, version, hashlib.sha256(path.read_bytes()).hexdigest())
+    return TaskRef(name, version, hashlib.sha256(path.read_bytes()).hexdigest(), draws=may_draw(path))
+
+
+def may_draw(file: Path) -> bool:
+    """Whether a task might depend on a seed: it samples answers or examples, or the code beside its YAML might draw."""
+    config = task_config(file)
+    if ((config.get("generation_kwargs") or {}).get("temperature") or 0) > 0 or config.get("num_fewshot"):
+        return True
+    return any(word in code.read_text(encoding="utf-8") for code in file.parent.glob("*.py") for word in _DRAWING)
+
+
+def task_config(file: Path) -> dict[str, Any]:
+    """A task's YAML with what it includes; functions stay the names that the file gives them."""
+    found = yaml.load(file.read_text(), Loader=OpaqueLoader)
+    config = dict(found) if isinstance(found, Mapping) else {}
+    include = config.pop("include", None)
+    if not include:
+        return config
+    return {**task_config(file.parent / include), **config}
 
 
 def _leaves(name: str, manager: Any) -> list[str]:

@@ -112,8 +112,8 @@ class Column:
     is_name: bool = False
 
 
-def _place(name: str, is_name: bool = True) -> Column:
-    return Column(name, name, lambda row: str(getattr(row, name)), Narrow(name), when=_differs(name), is_name=is_name)
+def _place(name: str) -> Column:
+    return Column(name, name, lambda row: str(getattr(row, name)), Narrow(name), when=_differs(name), is_name=True)
 
 
 def _value(name: str) -> Column:
@@ -128,7 +128,14 @@ COLUMNS: tuple[Column, ...] = (
     _place("source"),
     _place("model"),
     _place("task"),
-    _place("seed", is_name=False),
+    Column(
+        "seed",
+        "seed",
+        lambda row: "" if row.seed is None else str(row.seed),
+        Narrow("seed"),
+        "seed: none where no seed can change the answers.",
+        lambda rows: len({row.seed for row in rows if row.seed is not None}) > 1,
+    ),
     REDUCER,
     KEEP,
     _value("documents"),
@@ -141,6 +148,15 @@ COLUMNS: tuple[Column, ...] = (
         lambda rows: any(row.left_out for row in rows),
     ),
     Column("accuracy", "accuracy % [95 % CI]", accuracy_text, Narrow("accuracy", plus_minus_text)),
+    _value("seeds"),
+    Column(
+        "seed_spread",
+        "± seeds",
+        lambda row: "" if row.seed_spread is None else f"{100 * row.seed_spread:.1f} ({row.seeds})",
+        Narrow("±"),
+        "± seeds (±): standard deviation of the accuracy over seeds, in points, of how many; the row is their mean.",
+        lambda rows: any(row.seeds > 1 for row in rows),
+    ),
     Column(
         "versus_unpruned",
         "vs unpruned",

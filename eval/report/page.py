@@ -50,7 +50,8 @@ def write_reports(
     EvalError
         If a file cannot be written.
     """
-    data = {"settings": settings, "rows": [values_of(row) for row in rows], "made_with": surroundings()}
+    data: dict[str, Any] = {"settings": settings, "rows": [values_of(row) for row in rows]}
+    data |= {"cells": [run.id for run in runs], "made_with": surroundings()}
     hint = f"vtoken report {folder} adds the worst regressions as pictures."
     contents = {
         "report.html": render_html(rows, settings, runs, remarks=[hint]),

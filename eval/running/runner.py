@@ -162,7 +162,7 @@ class Runner:
         with log:
             answering = self.answering(cell, model, log, answered, broken)
             folder = self.store.path(cell.id, "")
-            found = evaluate(answering, task, limit=cell.limit, seed=cell.seed, output=folder)
+            found = evaluate(answering, task, limit=cell.limit, seed=cell.seed or 0, output=folder)
         seconds = time.perf_counter() - started
         result, samples = self._result(task, found, left_out=left_out, seconds=seconds)
         check_lock()

@@ -66,6 +66,8 @@ class Identity(_Part):
         Name and all parameters, as `vtoken.get_reducer` takes them.
     reducer_code, reducer_files : str
         Hashes of a reducer's module from outside of the package, and of the trained parts that it reads.
+    seed : int or None
+        None where no seed can change the answers, nor their scores: the cell stands for all seeds.
     """
 
     model: ModelIdentity
@@ -74,7 +76,7 @@ class Identity(_Part):
     reducer_files: str = ""
     task: TaskIdentity
     limit: int | None = None
-    seed: int = 0
+    seed: int | None = 0
     batch_size: int = 1
     versions: dict[str, str] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,10 @@ class Cell:
         What to ask.
     limit : int or None
         How many documents of it.
-    seed, batch_size : int
-        A batch size changes the order of floating-point sums.
+    seed : int or None
+        None stands for all seeds, see `vtoken.eval.store.record.Identity`.
+    batch_size : int
+        It changes the order of floating-point sums.
     """
 
     model: ModelSpec
@@ -50,7 +52,7 @@ class Cell:
     reducer: Reducer | None
     task: TaskRef
     limit: int | None = None
-    seed: int = 0
+    seed: int | None = 0
     batch_size: int = 1
 
     @functools.cached_property
@@ -159,13 +161,13 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def label(reducer: Reducer | None, seed: int = 0) -> str:
+def label(reducer: Reducer | None, seed: int | None = 0) -> str:
     """See `Cell.label`."""
     if reducer is None:
         return UNPRUNED
     if stages := getattr(reducer, "reducers", None):
         return " > ".join(f"{label(stage, seed)} {getattr(stage, 'keep', '')}".strip() for stage in stages)
-    usual = {"keep": getattr(reducer, "keep", None), "seed": seed}
+    usual = {"keep": getattr(reducer, "keep", None)} | ({} if seed is None else {"seed": seed})
     changed = [
         str(value) if isinstance(value, str) else f"{field.name}={value}"
         for field in dataclasses.fields(reducer)
@@ -188,6 +190,7 @@ def grid(
     *,
     limit: int | None = None,
     seed: int = 0,
+    free: Collection[Reducer | None] = (),
     batch_size: int = 1,
     pin: Callable[[ModelSpec], tuple[str, str]] = pin,
 ) -> list[Cell]:
@@ -199,6 +202,8 @@ def grid(
         What to combine.
     limit, seed, batch_size
         See `Cell`.
+    free : collection of Reducer or None
+        Those that no seed changes: their cells of tasks that do not draw stand for all seeds.
     pin : callable
         Gives weights and type of a model, see `vtoken.eval.model.loading.pin`.
     """
@@ -206,5 +211,7 @@ def grid(
     for spec in models:
         weights, kind = pin(spec)
         for task in tasks:
-            cells += [Cell(spec, weights, kind, r, task, limit, seed, batch_size) for r in reducers]
+            for reducer in reducers:
+                its_seed = None if reducer in free and not task.draws else seed
+                cells.append(Cell(spec, weights, kind, reducer, task, limit, its_seed, batch_size))
     return list({cell.id: cell for cell in cells}.values())

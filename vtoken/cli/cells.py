@@ -97,9 +97,10 @@ def _run(
     return [*failed, *unmeasured]
 
 
-def show_cells(cells: Sequence[Cell], store: Store, sweep: Mapping[str, Any]) -> None:
-    """Print the table of finished and failed cells and write the reports beside them."""
+def show_cells(cells: Sequence[Cell], store: Store, sweep: Mapping[str, Any], *, by_seed: bool = False) -> None:
+    """Print the table of finished and failed cells, a row a reducer or a seed, and write the reports beside them."""
     from vtoken.eval.comparison.runs import runs_of
+    from vtoken.eval.comparison.seeds import over_seeds
     from vtoken.eval.comparison.summary import rows_of
     from vtoken.eval.report.columns import legend
     from vtoken.eval.report.page import CAVEAT, write_reports
@@ -108,7 +109,7 @@ def show_cells(cells: Sequence[Cell], store: Store, sweep: Mapping[str, Any]) ->
     from vtoken.eval.report.render import failures
 
     runs = runs_of(cells, store)
-    rows = rows_of(runs)
+    rows = rows_of(runs if by_seed else over_seeds(runs))
     files = write_reports(rows, store.root, sweep, runs)
     console = out()
     console.print(build_table(rows, console))

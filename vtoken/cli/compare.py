@@ -49,6 +49,9 @@ def compare_command(
         str | None, typer.Option(help="With RESULTS: what all are compared with, the first by default.")
     ] = None,
     form: Annotated[Format | None, typer.Option("--format", help="With RESULTS; table by default.")] = None,
+    by_seed: Annotated[
+        bool, typer.Option("--by-seed", help="With RESULTS: a row for every seed instead of one over all.")
+    ] = False,
 ) -> None:
     """Compare reducers; without arguments, on the embedded model and its tasks.
 
@@ -66,9 +69,9 @@ def compare_command(
     with sentences():
         if results:
             _nothing_else({**overrides, "quick": quick or None, "all": every or None, "fresh": fresh or None})
-            return compare_finished(results, baseline, form or Format.TABLE, target, FOLDER)
-        if baseline or form:
-            given = "--baseline" if baseline else "--format"
+            return compare_finished(results, baseline, form or Format.TABLE, target, FOLDER, by_seed=by_seed)
+        if baseline or form or by_seed:
+            given = "--baseline" if baseline else "--format" if form else "--by-seed"
             raise ValueError(f"{given} is for finished results: name them, as in vtoken compare {FOLDER}.")
         if quick and every:
             raise ValueError("--quick and --all are two different sets of reducers: give one of them.")

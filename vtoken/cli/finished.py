@@ -28,24 +28,26 @@ class Format(StrEnum):
 
 
 def compare_finished(
-    names: Sequence[str], baseline: str | None, form: Format, file: Path | None, searched: Path
+    names: Sequence[str], baseline: str | None, form: Format, file: Path | None, searched: Path, *, by_seed: bool
 ) -> None:
     """Print or write the table.
 
     Parameters
     ----------
-    names, baseline, searched
+    names, baseline, searched, by_seed
         See `read_rows`.
     form : Format
         What to write.
     file : Path, optional
         Where to, instead of the terminal.
     """
-    rows, remarks = read_rows(names, baseline, searched)
+    rows, remarks = read_rows(names, baseline, searched, by_seed=by_seed)
     _write(rows, form, file, remarks)
 
 
-def read_rows(names: Sequence[str], baseline: str | None, searched: Path) -> tuple[list[Row], list[str]]:
+def read_rows(
+    names: Sequence[str], baseline: str | None, searched: Path, *, by_seed: bool = False
+) -> tuple[list[Row], list[str]]:
     """All runs as rows, those of the reference first, and what cannot be compared, as sentences.
 
     Parameters
@@ -56,12 +58,15 @@ def read_rows(names: Sequence[str], baseline: str | None, searched: Path) -> tup
         Another of these that all are compared with; the first of several by default.
     searched : Path
         Where ids of cells are looked for, besides the named folders.
+    by_seed : bool
+        A row for every seed instead of one over all.
 
     Raises
     ------
     EvalError
         If something is not there or cannot be compared.
     """
+    from vtoken.eval.comparison.seeds import over_seeds
     from vtoken.eval.comparison.summary import rows_of
 
     given = dict.fromkeys(name for name in (baseline, *names) if name is not None)
@@ -72,6 +77,8 @@ def read_rows(names: Sequence[str], baseline: str | None, searched: Path) -> tup
         sources = {
             source: [dataclasses.replace(run, source=source) for run in runs] for source, runs in sources.items()
         }
+    if not by_seed:
+        sources = {source: over_seeds(runs) for source, runs in sources.items()}
     references, remarks = _references(sources)
     return rows_of([run for runs in sources.values() for run in runs], references), remarks
 

@@ -40,6 +40,7 @@ def sweep_command(
     skip_broken: Annotated[
         int | None, typer.Option(help="Unreadable documents that a cell may leave out; 0 by default.")
     ] = None,
+    by_seed: Annotated[bool, typer.Option("--by-seed", help="A row for every seed instead of one over all.")] = False,
 ) -> None:
     """Run the sweep of a YAML file; stop it, run it again, and it goes on."""
     with sentences():
@@ -61,7 +62,7 @@ def sweep_command(
             raise next(iter(pins.problems.values()))
         store = Store(root)
     settings = sweep.model_dump(mode="json", exclude_defaults=True)
-    show = lambda: show_cells(cells, store, settings)  # noqa: E731
+    show = lambda: show_cells(cells, store, settings, by_seed=by_seed)  # noqa: E731
     run_cells(cells, store, fresh=fresh, show=show, executor=worker, unresolved=pins.problems)
 
 
@@ -110,5 +111,6 @@ def _plan_table(cells: Sequence[Cell], found: Sequence[str], problems: Mapping[M
     for cell, state in zip(cells, found, strict=True):
         keep = "" if cell.keep is None else f"{cell.keep:g}"
         shown = f"{state}, not resolved" if cell.model in problems else state
-        table.add_row(*map(escape, (cell.model.pretrained, cell.task.name, cell.label, keep, str(cell.seed), shown)))
+        seed = "any" if cell.seed is None else str(cell.seed)
+        table.add_row(*map(escape, (cell.model.pretrained, cell.task.name, cell.label, keep, seed, shown)))
     return table
