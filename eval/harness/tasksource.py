@@ -64,7 +64,7 @@ class TaskRef:
     version: str
     fingerprint: str
     folder: str = ""
-    draws: bool = field(default=True, compare=False)
+    draws: bool = field(default=True, compare=False, kw_only=True)
 
     @property
     def identity(self) -> TaskIdentity:
@@ -115,7 +115,7 @@ def folder_tasks(folder: str, names: Sequence[str] = ()) -> list[TaskRef]:
     leaves = [leaf for name in names or defined for leaf in _leaves(name, manager)]
     digest = _folder_digest(root)
     files = {leaf: Path(manager.task_index[leaf]["yaml_path"]) for leaf in leaves}
-    return [TaskRef(leaf, LOCAL, digest, str(root), may_draw(file)) for leaf, file in files.items()]
+    return [TaskRef(leaf, LOCAL, digest, str(root), draws=may_draw(file)) for leaf, file in files.items()]
 
 
 def as_it_is_now(ref: TaskRef) -> TaskRef:
