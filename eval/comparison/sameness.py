@@ -52,8 +52,10 @@ def _results(then: Run, now: Run) -> Iterator[Difference]:
     old, new = then.record.result, now.record.result
     if old is None or new is None:
         return
-    if old.documents != new.documents:
-        yield Difference("documents", str(old.documents), str(new.documents))
+    asked, again = ({sample["doc_id"] for sample in run.samples} for run in (then, now))
+    if asked != again:
+        first = min(asked ^ again)
+        yield Difference(f"documents, {first} is not in both", str(len(asked)), str(len(again)))
     yield from _unequal("metric ", old.metrics, new.metrics, is_result=True)
 
 
