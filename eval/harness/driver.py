@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place that imports and drives lmms-eval: one task, one loaded model, one call.
+"""The only place that drives lmms-eval: one task, one call. What it asks comes through `vtoken.eval.harness.asked`.
 
 lmms-eval is used for tasks, prompts and scoring. What it does to a program that embeds it is undone here: importing it
 removes all loguru sinks and adds warning filters, evaluating draws progress bars.
