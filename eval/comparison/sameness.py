@@ -92,5 +92,6 @@ _PARTS: dict[str, Callable[[Any], Mapping[str, Any]]] = {
 
 def _unequal(what: str, then: Mapping[str, Any], now: Mapping[str, Any], *, is_result: bool) -> Iterator[Difference]:
     for name in dict.fromkeys((*then, *now)):
-        if then.get(name) != now.get(name):
+        known = is_result or (name in then and name in now)  # older records do not name all versions
+        if known and then.get(name) != now.get(name):
             yield Difference(f"{what}{name}", str(then.get(name)), str(now.get(name)), is_result)

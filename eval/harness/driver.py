@@ -2,7 +2,7 @@
 """The only place that drives lmms-eval: one task, one call. What it asks comes through `vtoken.eval.harness.asked`.
 
 lmms-eval is used for tasks, prompts and scoring. What it does to a program that embeds it is undone here: importing it
-removes all loguru sinks and adds warning filters, evaluating draws progress bars.
+removes all loguru sinks, adds warning filters and makes PIL fill up pictures that are cut off; evaluating draws bars.
 """
 
 from __future__ import annotations
@@ -56,17 +56,20 @@ def require() -> None:
 
 @functools.cache
 def load_harness() -> Any:
-    """Import ``lmms_eval.evaluator``; takes seconds, the host's log sinks and warning filters survive."""
+    """Import ``lmms_eval.evaluator``; takes seconds, the host's log sinks, warning filters and PIL survive."""
     require()
     from unittest import mock  # here, because it imports asyncio: ``vtoken tasks`` needs neither
 
     from loguru import logger
+    from PIL import ImageFile
 
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     quiet = lambda *args, **kwargs: 0  # noqa: E731
     sinks = mock.patch.object(logger, "remove", quiet), mock.patch.object(logger, "add", quiet)
     with warnings.catch_warnings(), sinks[0], sinks[1], _no_log():
         evaluator = importlib.import_module("lmms_eval.evaluator")
-    _silence(evaluator, importlib.import_module("lmms_eval.api.task"))
+        _silence(evaluator, importlib.import_module("lmms_eval.api.task"))
+    ImageFile.LOAD_TRUNCATED_IMAGES = lenient  # it makes grey areas of what is missing, and asks about them
     return evaluator
 
 

@@ -19,15 +19,23 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [*map(str, arguments)])
 
 
-@pytest.fixture
-def cells(checkpoint, private_cache, tmp_path):
-    """Folders of finished cells by label: on a task folder of the user's, in bfloat16."""
-    write_task_folder(tmp_path / "tasks", "colors")
+@pytest.fixture(scope="module")
+def finished(checkpoint, private_cache, tmp_path_factory):
+    """A folder with a user's tasks and, in ``out``, finished cells of them in bfloat16."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_task_folder(folder / "tasks", "colors")
     model = {"pretrained": str(checkpoint), "dtype": "bfloat16", "device": "cpu", "attn_implementation": "eager"}
     data = {"models": [model], "tasks": ["./tasks"], "reducers": ["random"], "keep": [0.5], "seeds": [3]}
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump({**data, "limit": 3, "batch_size": 2, "out": "out"}))
-    done = invoke("sweep", tmp_path / "s.yaml")
+    (folder / "s.yaml").write_text(yaml.safe_dump({**data, "limit": 3, "batch_size": 2, "out": "out"}))
+    done = invoke("sweep", folder / "s.yaml")
     assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.fixture
+def cells(finished, tmp_path):
+    """Copies of the cells' folders by label; their tasks are where they were."""
+    shutil.copytree(finished / "out", tmp_path / "out")
     return {json.loads(path.read_text())["label"]: path.parent for path in (tmp_path / "out").rglob(RESULT)}
 
 
@@ -76,10 +84,19 @@ def test_another_version_alone_is_named_and_does_not_fail(cells):
     assert "vtoken code: 0000000000000000 then" in done.stdout
 
 
-def test_a_task_that_was_edited_is_named(cells, tmp_path):
-    questions = tmp_path / "tasks" / "questions.json"
-    questions.write_text(questions.read_text().replace("what color", "which color"))
+@pytest.fixture
+def edited(finished):
+    """The questions are phrased otherwise meanwhile."""
+    questions = finished / "tasks" / "questions.json"
+    before = questions.read_text()
+    questions.write_text(before.replace("what color", "which color"))
     load_task.cache_clear()  # a new process would read it anew, too
+    yield
+    questions.write_text(before)
+    load_task.cache_clear()
+
+
+def test_a_task_that_was_edited_is_named(cells, edited):
     done = invoke("rerun", cells["random"])
     assert done.exit_code == 1, done.output
     assert "3 of 3 prompts or pictures, the first of document 0" in done.stdout
@@ -93,12 +110,13 @@ def test_a_cell_that_failed_is_run_again_too(cells, checkpoint, tmp_path, monkey
     (failed,) = [path.parent for path in (tmp_path / "bad").rglob("failure.json")]
     done = invoke("rerun", failed)
     assert done.exit_code == 1
-    assert "error: documents 0 to 1 of task 'mini': division by zero then, none now" in done.stdout
+    assert "error: document 0 of task 'mini': division by zero then, none now" in done.stdout
 
 
-def test_what_cannot_be_run_again_is_a_sentence(cells, checkpoint, tmp_path):
+def test_what_cannot_be_run_again_is_a_sentence(cells, finished, tmp_path):
     gone = invoke("rerun", "0123456789abcdef", "--results", tmp_path)
     assert (gone.exit_code, "no finished or failed cell" in gone.stderr) == (2, True)
-    shutil.move(tmp_path / "tasks", tmp_path / "elsewhere")
+    shutil.move(finished / "tasks", finished / "elsewhere")
     moved = invoke("rerun", cells["random"])
+    shutil.move(finished / "elsewhere", finished / "tasks")
     assert (moved.exit_code, "There is no task folder" in moved.stderr) == (2, True)

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parts of the evaluation know nothing of which others."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import vtoken.eval as evaluation
 
 MODEL_CODE = (
     *("torch", "transformers", "lmms_eval", "vtoken.reducers", "vtoken.adapters", "vtoken.engine", "vtoken.mini"),
@@ -13,32 +17,41 @@ MODEL_CODE = (
 )
 SHOW = """
 import importlib, json, pkgutil, sys
-package = importlib.import_module({package!r})
-for module in pkgutil.iter_modules(package.__path__, {package!r} + "."):
-    if module.name not in {left_out!r}:
+for package in ("vtoken.eval.comparison", "vtoken.eval.store"):
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
         importlib.import_module(module.name)
 print(json.dumps(sorted(sys.modules)))
 """
 
 
-def loaded(package, left_out=()):
-    """Every module that a new process has after importing all of a package."""
-    code = SHOW.format(package=package, left_out=left_out)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_finished_results_are_read_and_compared_without_model_code():
+    done = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert {"vtoken.eval.comparison.summary", "vtoken.eval.store.record"} <= set(loaded)
+    assert not [name for name in loaded if any(name == code or name.startswith(f"{code}.") for code in MODEL_CODE)]
 
 
-@pytest.mark.parametrize("package", ["vtoken.eval.comparison", "vtoken.eval.store"])
-def test_finished_results_are_read_and_compared_without_model_code(package):
-    found = loaded(package)
-    assert f"{package}.{'summary' if 'comparison' in package else 'record'}" in found
-    assert not [name for name in found if any(name == code or name.startswith(f"{code}.") for code in MODEL_CODE)]
+def imported(file):
+    """Names of all modules that a file imports, at its top or inside of functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
 
 
-def test_the_report_imports_no_runner():
-    found = loaded("vtoken.eval.report")
-    assert "vtoken.eval.report.page" in found
-    assert not [
-        name for name in found if name.startswith(("vtoken.eval.running.", "vtoken.eval.executors", "lmms_eval"))
-    ]
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("report", ("vtoken.eval.running", "vtoken.eval.executors")),
+        ("model", ("vtoken.eval.running", "vtoken.eval.report", "vtoken.eval.comparison")),
+        ("comparison", ("vtoken.eval.running", "vtoken.eval.report", "vtoken.eval.model", "vtoken.eval.harness")),
+    ],
+)
+def test_import_arrows_point_one_way(package, forbidden):
+    files = list((Path(evaluation.__file__).parent / package).glob("*.py"))
+    assert len(files) > 4
+    found = {name for file in files for name in imported(file) if name}
+    assert "vtoken.eval.errors" in found
+    assert not [name for name in found if name.startswith(forbidden)]

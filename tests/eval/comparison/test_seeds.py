@@ -49,11 +49,11 @@ def test_one_row_a_reducer_with_mean_and_spread(runs):
     rows = rows_of(over_seeds(runs))
     assert [row.reducer for row in rows] == ["unpruned", "random", "fopru"]
     random = rows[1]
-    assert (random.accuracy.value, random.seeds, random.seed) == (0.5, 3, None)
+    assert (random.accuracy.value, random.seeds, random.seed) == (pytest.approx(0.5), 3, None)
     assert random.seed_spread == pytest.approx(0.25)  # of 0.25, 0.5 and 0.75
     assert random.accuracy.low < 0.5 < random.accuracy.high, "the interval is over questions"
     assert random.visual_kept == 11
-    assert random.versus_unpruned.difference.value == -0.5
+    assert random.versus_unpruned.difference.value == pytest.approx(-0.5)
     assert random.versus_unpruned.changed is None
     assert (rows[2].seeds, rows[2].seed_spread) == (1, None)
     assert rows[2].versus_random.difference.value == pytest.approx(0.25), "against the mean over the seeds of random"

@@ -16,7 +16,8 @@ from vtoken.eval.harness.tasksource import load_task, resolve_tasks
 from vtoken.eval.model.loaded import LoadedModel
 from vtoken.eval.model.loading import ModelSpec, model_type, weights_id
 from vtoken.eval.running.runner import Runner
-from vtoken.eval.store.results import RESULT, SAMPLES, Store
+from vtoken.eval.store.record import RESULT, SAMPLES
+from vtoken.eval.store.results import Store
 from vtoken.eval.sweeps.cells import Cell
 from vtoken.eval.sweeps.sweep import Sweep
 
