@@ -85,8 +85,9 @@ class SharingRunner(Runner):
 
         def together(questions: Sequence[Question]) -> Sequence[Answer | None]:
             self.team.ask(cell)
-            told = {"reducer": cell.reducer, "log": log, "on_broken": broken, "batch_size": cell.batch_size}
-            answer: Any = functools.partial(model.answer, **told)
+            answer = functools.partial(
+                model.answer, reducer=cell.reducer, log=log, on_broken=broken, batch_size=cell.batch_size
+            )
             answer(share(questions, cell.batch_size, 0, self.team.size), on_answers=heard)
             while self.team.is_busy:
                 self.team.listen(1.0, answered, self.listener.trouble)

@@ -201,8 +201,14 @@ class Runner:
         broken: Callable[[DocumentError], None],
     ) -> Answering:
         """How the questions of a cell are answered; overridden where other processes help."""
-        told = {"on_answers": answered, "on_broken": broken}
-        return functools.partial(model.answer, reducer=cell.reducer, log=log, batch_size=cell.batch_size, **told)
+        return functools.partial(
+            model.answer,
+            reducer=cell.reducer,
+            log=log,
+            on_answers=answered,
+            on_broken=broken,
+            batch_size=cell.batch_size,
+        )
 
     def _check_empty(self, empty: int, documents: int) -> None:
         if empty > self.empty_limit * documents:
