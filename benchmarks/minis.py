@@ -26,9 +26,10 @@ from typing import Any
 
 import yaml
 
-from vtoken.eval.comparison.runs import RANDOM, UNPRUNED, Run, read_runs
+from vtoken.eval.comparison.runs import RANDOM, Run, read_runs
 from vtoken.eval.comparison.statistics import accuracy, holm, paired
 from vtoken.eval.provenance import surroundings
+from vtoken.eval.store.record import UNPRUNED
 
 RESULT = Path(__file__).parent / "results" / "minis.json"
 SWEEPS = ("minis-llava", "minis-next", "minis", "minis-video")

@@ -22,7 +22,8 @@ from scipy.stats import spearmanr
 from tabular import markdown
 from weights import AGAIN
 
-from vtoken.eval.comparison.runs import RANDOM, UNPRUNED
+from vtoken.eval.comparison.runs import RANDOM
+from vtoken.eval.store.record import UNPRUNED
 
 SIGNIFICANT = 0.05
 SPREAD_KEEP = 0.1

@@ -43,8 +43,9 @@ from vtoken.adapters import families as known_families
 from vtoken.adapters.generic import GenericAdapter
 from vtoken.cli.describe import describe
 from vtoken.eval.comparison.summary import Row, corrected, row_from
+from vtoken.eval.report.columns import Column, lines_of, shown
 from vtoken.eval.report.formats import SIGNIFICANT, difference_text
-from vtoken.eval.report.render import cells_of, layouts
+from vtoken.eval.report.tables import kinds_columns
 from vtoken.registry import list_reducers, reducer_class
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,8 +180,13 @@ def mini(conditions: dict[str, dict]) -> str:
 
 def comparison(rows: Sequence[Row]) -> str:
     """The columns of ``vtoken compare``; a star marks what is beyond chance."""
-    columns = layouts(rows)[0]
-    return markdown(list(columns), [[column(row).strip() for column in columns.values()] for row in rows])
+    return tabulated(shown(rows), rows)
+
+
+def tabulated(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A table of rows."""
+    lines = [[cell.strip() for cell in line] for line in lines_of(columns, rows)]
+    return markdown([column.title for column in columns], lines)
 
 
 def short(rows: Sequence[Row]) -> str:
@@ -228,9 +234,7 @@ def note(data: dict) -> str:
 
 def kinds(rows: Sequence[Row]) -> str:
     """Accuracy by kind of question, in percent."""
-    names = list(rows[0].kinds or {})
-    lines = [[*cells_of(row)[:2], *(f"{100 * (row.kinds or {})[name]:.0f}" for name in names)] for row in rows]
-    return markdown(["reducer", "keep", *names], lines)
+    return tabulated(kinds_columns(rows), rows)
 
 
 def table(name: str, results: Path) -> str:

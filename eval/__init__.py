@@ -8,11 +8,12 @@ statistics and failing loudly. In the order of a run:
 `executors`   spread the cells over processes, accelerators and nodes
 `running`     runs a cell in one process, and measures its cost
 `harness`     lmms-eval: its tasks, its evaluation of one task, its scores
-`model`       the model that it asks, with the reducer at work
+`model`       the model that answers, under a reducer
 `tasks`       the bundled tasks
-`store`       the results folder: files, locks, resuming
+`store`       the results folder: records of cells, locks, resuming
 `comparison`  finished cells against the unpruned and the random one, with statistics
 `report`      tables, HTML page, CSV
 
-Nothing here imports lmms-eval before a cell has to run (`vtoken.eval.harness.driver`).
+Nothing here imports lmms-eval before a cell has to run (`vtoken.eval.harness.driver`). `store` and `comparison` import
+no model code: results can be read where no model can be loaded.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences for wrong input."""
+"""Sentences for wrong input, and what an error of another package says."""
 
 from __future__ import annotations
 
@@ -41,3 +41,30 @@ def unknown(what: str, name: str, known: Iterable[str], listing: str = "") -> Ev
     else:
         hint = f"known are {', '.join(names)}."
     return EvalError(f"Unknown {what} {name!r}: {hint}")
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong; lmms-eval wraps errors of datasets and scoring into a `tenacity.RetryError`."""
+    attempt = getattr(error, "last_attempt", None)
+    inner = attempt.exception() if attempt is not None else None
+    return str(inner or error) or type(inner or error).__name__
+
+
+class DocumentError(RuntimeError):
+    """Documents of a task that could not be asked about; the message names them.
+
+    Parameters
+    ----------
+    task : str
+    documents : iterable of int
+        One, or those of a batch that failed as a whole.
+    error : Exception
+        What was raised; it becomes the cause.
+    """
+
+    def __init__(self, task: str, documents: Iterable[int], error: Exception) -> None:
+        self.task, self.documents = task, tuple(documents)
+        first, last = min(self.documents), max(self.documents)
+        which = f"document {first}" if first == last else f"documents {first} to {last}"
+        super().__init__(f"{which} of task {task!r}: {reason(error)}")
+        self.__cause__ = error

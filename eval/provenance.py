@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import platform
@@ -20,13 +21,24 @@ if TYPE_CHECKING:
     from vtoken.reducers.base import Reducer
 
 PACKAGES = ("torch", "transformers", "lmms-eval")
-_NO_CODE = ("cli", "mini", "profile")  # no score depends on them; weights and questions are pinned by themselves
-_ANSWERING = (
-    "harness/driver.py",
-    "model/generation.py",
-    "model/preprocessing.py",
-    "model/reduced.py",
-)
+_ELSEWHERE = ("adapters", "configs", "eval")
+"""Packages in ``vtoken`` whose folders are beside it in a checkout."""
+_SUFFIXES = (".py", ".yaml")
+NO_SCORE = {
+    "cli": "reads options and shows results",
+    "configs": "presets and sweeps: a cell holds the parameters that they stand for",
+    "doctor": "checks models, runs no cell",
+    "drawing.py": "pictures of what was kept",
+    "eval/comparison": "reads the answers of finished cells",
+    "eval/report": "shows them",
+    "eval/show": "shows what reducers keep",
+    "mini/learned": "trained parts, which cells pin by their content",
+    "mini/training": "makes weights, which cells pin by their content",
+    "mini/weights": "weights",
+    "profile": "measures cost, apart from answers",
+    "training": "makes trained parts",
+}
+"""What no score depends on, and why: the only parts of the package that `code_digest` leaves out."""
 
 
 @functools.cache
@@ -46,27 +58,56 @@ def _version(name: str) -> str:
 @functools.cache
 def code_digest() -> str:
     """Hash of what computes: an edited reducer must never be served the answers of its former self."""
-    import vtoken.adapters
+    return digest_of(code_files())
 
+
+def code_files() -> dict[str, Path]:
+    """The code and task definitions of this package but for `NO_SCORE`, by their places in it.
+
+    Names and contents are the same in a checkout (where `_ELSEWHERE` are other folders), a wheel and on a worker.
+    """
+    found: dict[str, Path] = {}
+    for package in ("", *_ELSEWHERE):
+        spec = importlib.util.find_spec(f"vtoken.{package}".removesuffix("."))
+        for root in map(Path, (spec.submodule_search_locations if spec else None) or ()):
+            inside = (path.relative_to(root) for path in root.rglob("*") if path.suffix in _SUFFIXES)
+            found |= {Path(package, path).as_posix(): root / path for path in inside if not _is_hidden(path)}
+    return {name: found[name] for name in sorted(found) if not _has_no_score(name)}
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)  # of editors and notebooks
+
+
+def _has_no_score(name: str) -> bool:
+    return any(name == left_out or name.startswith(f"{left_out}/") for left_out in NO_SCORE)
+
+
+def digest_of(files: Mapping[str, Path]) -> str:
+    """Hash over names and contents."""
     digest = hashlib.sha256()
-    for root in (Path(vtoken.__file__).parent, Path(vtoken.adapters.__file__).parent):
-        for path in sorted(root.rglob("*.py")):
-            if path.relative_to(root).parts[0] not in _NO_CODE:
-                digest.update(path.read_bytes())
-    for name in _ANSWERING:
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for name in sorted(files):
+        content = files[name].read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
 
 
 def foreign_code(reducer: Reducer | None) -> str:
-    """Hash of the module that defines a reducer from outside of the package, "" for ours."""
+    """Hash of the modules that define a reducer, or stages of a chain, from outside of the package, "" for ours."""
+    if reducer is None:
+        return ""
+    codes = (_code(stage) for stage in getattr(reducer, "reducers", (reducer,)))
+    return ",".join(code for code in codes if code)
+
+
+def _code(reducer: Reducer) -> str:
     module = inspect.getmodule(type(reducer))
-    if reducer is None or module is None or module.__name__.split(".")[0] == "vtoken":
+    if module is None or module.__name__.split(".")[0] == "vtoken":
         return ""
     try:
         return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]
-    except OSError:  # typed into an interpreter
-        return ""
+    except OSError:  # of an interpreter's prompt
+        return "unknown"
 
 
 def files_digest(reducer: Reducer | None) -> str:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vtoken.eval.comparison.runs import RANDOM, UNPRUNED, Run
+from vtoken.eval.comparison.runs import RANDOM, Group, Run
+from vtoken.eval.comparison.seeds import counterpart
+from vtoken.eval.store.record import UNPRUNED
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,14 @@ def worst_regressions(runs: Sequence[Run], count: int) -> list[Regression]:
 
 
 def _regressions(runs: Sequence[Run]) -> list[Regression]:
-    unpruned = {run.group: run for run in runs if run.reducer == UNPRUNED}
+    unpruned: dict[Group, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run.reducer == UNPRUNED:
+            unpruned[run.group].append(run)
     found = []
     for run in runs:
-        whole = unpruned.get(run.group)
-        if whole is None or run is whole:
+        whole = counterpart(run, unpruned[run.group])
+        if whole is None or run.reducer == UNPRUNED:
             continue
         before = {sample["doc_id"]: sample for sample in whole.samples}
         for sample in run.samples:

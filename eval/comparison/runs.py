@@ -7,15 +7,28 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vtoken.eval.errors import EvalError
-from vtoken.eval.store.results import FAILURE, PROFILE, RESULT, SAMPLES, Store, read_json, read_samples
-from vtoken.eval.sweeps.cells import Cell, label
-from vtoken.registry import get_reducer
+from vtoken.eval.store.files import read_json
+from vtoken.eval.store.record import FAILURE, RESULT, UNPRUNED, CellRecord, ModelIdentity, TaskIdentity, read_samples
+from vtoken.eval.store.results import PROFILE, Store
+
+if TYPE_CHECKING:
+    from vtoken.eval.sweeps.cells import Cell
 
 TABLE = "results.json"
-UNPRUNED, RANDOM = "unpruned", "random"
+RANDOM = "random"
+
+
+class Group(NamedTuple):
+    """What is equal for the cells of one folder that differ in their reducer and seed only."""
+
+    source: str
+    model: ModelIdentity
+    task: TaskIdentity
+    limit: int | None
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -24,51 +37,65 @@ class Run:
 
     Parameters
     ----------
-    id : str
-        Of the cell.
-    config : mapping
-        See `vtoken.eval.sweeps.cells.Cell.config`.
-    reducer : str
-        Its label, ``"unpruned"`` without one.
-    result, profile : mapping
-        ``result.json`` and ``profile.json``; empty for a cell that failed and one that was not measured.
+    record : CellRecord
+        What it is, and its result or failure.
     samples : sequence of dict
-        One per document, see `vtoken.eval.harness.scores.flatten`.
-    error : str
-        What a failed cell raised.
+        One per document, see `vtoken.eval.harness.scores.flatten`; none for a cell that failed.
+    profile : mapping
+        ``profile.json``; empty for a cell that was not measured.
     source : str
         Where it was read from, if several folders are compared.
+    by_seed : sequence of float
+        Accuracy of every seed, for a run that stands for several, see `vtoken.eval.comparison.seeds`.
     """
 
-    id: str
-    config: Mapping[str, Any]
-    reducer: str
-    result: Mapping[str, Any] = field(default_factory=dict)
-    profile: Mapping[str, Any] = field(default_factory=dict)
+    record: CellRecord
     samples: Sequence[dict[str, Any]] = ()
-    error: str = ""
+    profile: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    by_seed: Sequence[float] = ()
+
+    @property
+    def id(self) -> str:
+        """Of the cell."""
+        return self.record.id
 
     @property
     def model(self) -> str:
         """Name, folder or hub id."""
-        return str(self.config["model"]["pretrained"])
+        return self.record.cell.model.pretrained
 
     @property
     def task(self) -> str:
         """Name of the task."""
-        return str(self.config["task"]["name"])
+        return self.record.cell.task.name
+
+    @property
+    def reducer(self) -> str:
+        """Label of the reducer, ``"unpruned"`` without one."""
+        return self.record.label
 
     @property
     def keep(self) -> Any:
         """The budget, where the reducer has one."""
-        return (self.config["reducer"] or {}).get("keep")
+        return self.record.keep
 
     @property
-    def group(self) -> str:
-        """Equal for the cells of one sweep that differ in their reducer only."""
-        same = {key: self.config.get(key) for key in ("model", "task", "limit", "seed", "batch_size")}
-        return json.dumps([self.source, same], sort_keys=True)
+    def error(self) -> str:
+        """What a failed cell raised, "" for a finished one."""
+        failure = self.record.failure
+        return (failure.error or "unknown error") if failure else ""
+
+    @property
+    def seed(self) -> int | None:
+        """None for a run that stands for all seeds."""
+        return self.record.cell.seed
+
+    @property
+    def group(self) -> Group:
+        """Equal for the cells of one sweep that differ in their reducer and seed only."""
+        cell = self.record.cell
+        return Group(self.source, cell.model, cell.task, cell.limit, cell.batch_size)
 
     @property
     def name(self) -> str:
@@ -78,7 +105,7 @@ class Run:
 
 def runs_of(cells: Sequence[Cell], store: Store) -> list[Run]:
     """The finished and failed ones of these cells, in their order."""
-    found = (_run(store.path(cell.id, ""), cell.config(), cell.label) for cell in cells)
+    found = (read_run(store.path(cell.id, "")) for cell in cells)
     return [run for run in found if run is not None]
 
 
@@ -99,45 +126,33 @@ def read_runs(folder: Path) -> list[Run]:
     listed = {cell: number for table in sorted(folder.rglob(TABLE)) for number, cell in enumerate(_cells(table))}
     chosen = [place for place in places if place in listed or not (place.parent.parent / TABLE).is_file()]
     chosen = [place for place in places if place == folder] or chosen
-    runs = [run for place in chosen if (run := _run(place)) is not None]
-    if not any(run.result for run in runs):
+    runs = [run for place in chosen if (run := read_run(place)) is not None]
+    if not any(run.record.result for run in runs):
         raise EvalError(f"Nothing is finished in {str(folder)!r}: run vtoken compare or vtoken sweep into it first.")
     order = {place.name: number for place, number in listed.items()}
     return sorted(runs, key=lambda run: (order.get(run.id, len(order)), *_order(run)))
 
 
 def _cells(table: Path) -> list[Path]:
-    """The folders of the cells of a ``results.json``."""
-    return [table.parent / "cells" / str(row.get("cell")) for row in (read_json(table) or {}).get("rows", [])]
+    """The folders of the cells of a ``results.json``; tables of older versions had a row for each."""
+    data = read_json(table) or {}
+    cells = data.get("cells") or [row.get("cell") for row in data.get("rows", [])]
+    return [table.parent / "cells" / str(cell) for cell in cells]
 
 
 def find_cell(cell: str, folders: Sequence[Path]) -> Path | None:
-    """The folder of a finished cell, by its id."""
-    places = (path.parent for folder in folders for path in folder.rglob(f"{cell}/{RESULT}"))
+    """The folder of a finished or failed cell, by its id."""
+    names = (RESULT, FAILURE)
+    places = (path.parent for folder in folders for name in names for path in folder.rglob(f"{cell}/{name}"))
     return next(places, None)
 
 
-def _run(folder: Path, config: Any = None, name: str | None = None) -> Run | None:
+def read_run(folder: Path) -> Run | None:
     """The cell in a folder; None if it is neither finished nor failed."""
-    result, failure = read_json(folder / RESULT), read_json(folder / FAILURE) or {}
-    config = config or (result or failure).get("cell")
-    if config is None or not (result or failure):
+    record = CellRecord.read(folder)
+    if record is None:
         return None
-    name = name or _label(config["reducer"], config["seed"])
-    if not result:
-        return Run(folder.name, config, name, error=failure["error"] or "unknown error")
-    profile = read_json(folder / PROFILE) or {}
-    return Run(folder.name, config, name, result, profile, read_samples(folder / SAMPLES))
-
-
-def _label(config: Mapping[str, Any] | None, seed: int) -> str:
-    """As `Cell.label`; a reducer that is not registered here is shown by its name alone."""
-    if config is None:
-        return UNPRUNED
-    try:
-        return label(get_reducer(dict(config)), seed)
-    except (ValueError, TypeError):
-        return str(config["reducer"])
+    return Run(record, read_samples(folder) if record.result else (), read_json(folder / PROFILE) or {})
 
 
 def _order(run: Run) -> tuple:
@@ -148,24 +163,15 @@ def _order(run: Run) -> tuple:
 
 def origins(runs: Sequence[Run]) -> list[tuple[int, Mapping[str, Any]]]:
     """What the results were made with, and by how many runs."""
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
-        if run.result.get("made_with"):
-            found.setdefault(json.dumps(run.result["made_with"], sort_keys=True), []).append(run)
-    return [(len(group), group[0].result["made_with"]) for group in found.values()]
+        if run.record.result and (made := run.record.made_with):
+            found.setdefault(json.dumps(made, sort_keys=True), []).append(made)
+    return [(len(group), group[0]) for group in found.values()]
 
 
 def data_of(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Task, version, fingerprints of its definition and its data, hash of the prompts: each combination once."""
-    lines = [
-        (
-            run.task,
-            str(run.config["task"].get("version", "")),
-            str(run.config["task"].get("fingerprint", "")),
-            str(run.result.get("dataset", "")),
-            str(run.result.get("prompts", "")),
-        )
-        for run in runs
-        if run.result
-    ]
+    finished = [(run.record.cell.task, found) for run in runs if (found := run.record.result)]
+    lines = [(task.name, task.version, task.fingerprint, found.dataset, found.prompts) for task, found in finished]
     return list(dict.fromkeys(lines))

@@ -132,7 +132,7 @@ def _p_value(gains: np.ndarray) -> float:
     from statsmodels.stats.contingency_tables import mcnemar
 
     moved = gains[~np.isclose(gains, 0)]
-    if not len(moved):
+    if len(moved) < 2:  # a single difference is as likely with the other sign
         return 1.0
     if np.isin(moved, (-1.0, 1.0)).all():
         table = [[0, int((moved < 0).sum())], [int((moved > 0).sum()), 0]]  # McNemar's test ignores the diagonal

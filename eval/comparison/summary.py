@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import Any
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
 
-from vtoken.eval.comparison.runs import RANDOM, UNPRUNED, Run, runs_of
+from vtoken.eval.comparison.runs import RANDOM, Group, Run, runs_of
+from vtoken.eval.comparison.seeds import counterpart, over_seeds
 from vtoken.eval.comparison.statistics import Estimate, Paired, accuracy, holm, paired
+from vtoken.eval.store.record import UNPRUNED
 from vtoken.eval.store.results import Store
-from vtoken.eval.sweeps.cells import Cell
+
+if TYPE_CHECKING:
+    from vtoken.eval.sweeps.cells import Cell
 
 MEANS = ("visual_tokens", "visual_kept", "visual_per_layer", "evidence_recall")
 COSTS = ("prefill_ms", "speedup", "speedup_low", "speedup_high", "kv_bytes")
@@ -37,10 +42,18 @@ class Row:
         Accuracy by kind of question, where the task has kinds.
     prefill_ms, speedup, speedup_low, speedup_high, kv_bytes : float or None
         Measured cost, see `vtoken.profile.measure_prefill`.
+    left_out : int
+        Documents that could not be asked about.
     error : str
         What the cell raised, "" if it finished.
     source : str
         The folder it was read from, where several are compared.
+    seed : int or None
+        None where no seed matters, or for a row over several.
+    seeds : int
+        How many the row is over.
+    seed_spread : float or None
+        Standard deviation of the accuracy over them.
     """
 
     cell: str
@@ -63,16 +76,19 @@ class Row:
     kv_bytes: float | None = None
     error: str = ""
     source: str = ""
-    seed: int = 0
+    seed: int | None = 0
     versus_random: Paired | None = None
     versus_reference: Paired | None = None
     reference: str = ""
     evidence_recall: float | None = None
+    left_out: int = 0
+    seeds: int = 1
+    seed_spread: float | None = None
 
 
 def summarize(cells: Sequence[Cell], store: Store) -> list[Row]:
-    """One row per cell that was finished or failed, in the order of the cells."""
-    return rows_of(runs_of(cells, store))
+    """One row per reducer and budget of the cells that were finished or failed, in their order; see `over_seeds`."""
+    return rows_of(over_seeds(runs_of(cells, store)))
 
 
 def rows_of(runs: Sequence[Run], references: Mapping[tuple[str, str], Run] | None = None) -> list[Row]:
@@ -88,14 +104,20 @@ def rows_of(runs: Sequence[Run], references: Mapping[tuple[str, str], Run] | Non
     """
     others = references or {}
     finished = [run for run in runs if run.samples]
-    unpruned = {run.group: run for run in finished if run.reducer == UNPRUNED}
-    random = {(run.group, run.keep): run for run in finished if run.reducer == RANDOM}
+    unpruned: dict[Group, list[Run]] = defaultdict(list)
+    random: dict[tuple[Group, Any], list[Run]] = defaultdict(list)
+    for run in finished:
+        if run.reducer == UNPRUNED:
+            unpruned[run.group].append(run)
+        elif run.reducer == RANDOM:
+            random[run.group, run.keep].append(run)
     rows = []
     for run in runs:
         row = _row(run)
         if run.samples:
-            control = random.get((run.group, run.keep))
-            row = _compared(row, run, (unpruned.get(run.group), control, others.get((run.source, run.id))))
+            whole = counterpart(run, unpruned[run.group])
+            control = counterpart(run, random[run.group, run.keep])
+            row = _compared(row, run, (whole, control, others.get((run.source, run.id))))
         rows.append(row)
     return corrected(rows)
 
@@ -119,7 +141,7 @@ def corrected(rows: Sequence[Row]) -> list[Row]:
 def compare_runs(run: Run, other: Run) -> Paired | None:
     """Question by question, where both were asked the same ones; None if they have none in common."""
     theirs = {sample["doc_id"]: sample for sample in other.samples}
-    same_data = run.config["task"] == other.config["task"]
+    same_data = run.record.cell.task == other.record.cell.task
     pairs = [
         (sample, twin)
         for sample in run.samples
@@ -129,7 +151,9 @@ def compare_runs(run: Run, other: Run) -> Paired | None:
         return None
     ours, others = zip(*pairs, strict=True)
     found = paired([s["score"] for s in ours], [s["score"] for s in others], _clusters(ours))
-    return dataclasses.replace(found, changed=sum(a["answer"] != b["answer"] for a, b in pairs))
+    several = run.by_seed or other.by_seed  # whose answers to one question may differ
+    changed = None if several else sum(a["answer"] != b["answer"] for a, b in pairs)
+    return dataclasses.replace(found, changed=changed)
 
 
 def _same_question(sample: dict, twin: dict, same_data: bool) -> bool:
@@ -146,7 +170,7 @@ def _row(run: Run) -> Row:
         "task": run.task,
         "reducer": run.reducer,
         "keep": run.keep,
-        "seed": run.config["seed"],
+        "seed": run.seed,
     }
     if not run.samples:
         return Row(**names, source=run.source, error=run.error or "no documents")
@@ -158,8 +182,11 @@ def _row(run: Run) -> Row:
         **costs,
         source=run.source,
         documents=len(run.samples),
+        left_out=len(run.record.result.left_out) if run.record.result else 0,
         accuracy=accuracy([s["score"] for s in run.samples], _clusters(run.samples)),
         kinds=_by_kind(run.samples),
+        seeds=max(len(run.by_seed), 1),
+        seed_spread=stdev(run.by_seed) if run.by_seed else None,
     )
 
 

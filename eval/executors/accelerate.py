@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtoken.eval.errors import EvalError
+from vtoken.eval.errors import DocumentError, EvalError
 from vtoken.eval.executors.base import check_count
 from vtoken.eval.executors.local import LocalExecutor
 from vtoken.eval.executors.team import Team, share
-from vtoken.eval.harness.driver import collect_requests
+from vtoken.eval.model.loaded import LoadedModel
+from vtoken.eval.model.questions import Answer, Question
 from vtoken.eval.running.listener import Listener, Outcome
 from vtoken.eval.running.runner import Runner
 from vtoken.eval.store.results import Store
+from vtoken.eval.store.samplelog import SampleLog
 from vtoken.eval.sweeps.cells import Cell
+
+if TYPE_CHECKING:
+    from vtoken.eval.harness.asked import Answering
 
 WITHOUT_ACCELERATOR = 2  # processes on a machine that has none
 
@@ -52,31 +58,40 @@ class AccelerateExecutor(LocalExecutor):
                 )
         size = self.processes or torch.accelerator.device_count() or WITHOUT_ACCELERATOR
         with Team(store.root, size) as team:
-            self._runner = SharingRunner(store, listener, self.empty_limit, team=team)
+            self._runner = SharingRunner(store, listener, self.empty_limit, self.skip_broken, team=team)
             return self._runner.run(cells)
 
 
 class SharingRunner(Runner):
-    """Answers its share while the team answers the others, then evaluates with all answers at hand."""
+    """Answers its share while the team answers the others."""
 
     def __init__(self, *arguments: Any, team: Team) -> None:
         super().__init__(*arguments)
         self.team = team
 
-    def answer_ahead(self, cell: Cell, model: Any, task: Any) -> None:
+    def answering(
+        self,
+        cell: Cell,
+        model: LoadedModel,
+        log: SampleLog,
+        answered: Callable[[int], None],
+        broken: Callable[[DocumentError], None],
+    ) -> Answering:
         """See `Runner`."""
-        told = model.on_answers
 
-        def answered(count: int) -> None:
-            told(count)
-            self.team.listen(0, told, self.listener.trouble)
+        def heard(count: int) -> None:
+            answered(count)
+            self.team.listen(0, answered, self.listener.trouble)
 
-        self.team.ask(cell)
-        model.on_answers = answered
-        folder = self.store.path(cell.id, "")
-        requests = collect_requests(model, task, limit=cell.limit, seed=cell.seed, output=folder)
-        model.generate_until(share(model, requests, 0, self.team.size))
-        while self.team.is_busy:
-            self.team.listen(1.0, told, self.listener.trouble)
-        model.log.read(self.store.answers(cell.id))
-        model.on_answers = lambda count: None  # all are counted
+        def together(questions: Sequence[Question]) -> Sequence[Answer | None]:
+            self.team.ask(cell)
+            answer = functools.partial(
+                model.answer, reducer=cell.reducer, log=log, on_broken=broken, batch_size=cell.batch_size
+            )
+            answer(share(questions, cell.batch_size, 0, self.team.size), on_answers=heard)
+            while self.team.is_busy:
+                self.team.listen(1.0, answered, self.listener.trouble)
+            log.read(self.store.answers(cell.id))
+            return answer(questions)  # from the log, and what a lost process has not answered
+
+        return together

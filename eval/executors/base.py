@@ -23,16 +23,20 @@ class Executor(ABC):
     ----------
     empty_limit : float
         Share of empty answers above which a cell fails, see `vtoken.eval.running.runner.Runner`.
+    skip_broken : int
+        Documents that cannot be read which a cell may leave out.
     """
 
     measures: ClassVar[bool] = True
     """Whether `measure` does anything."""
 
     empty_limit: float = EMPTY_LIMIT
+    skip_broken: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.empty_limit, (int, float)) or not 0 <= self.empty_limit <= 1:
             raise EvalError(f"empty_limit={self.empty_limit!r} is not possible: give a share from 0 to 1.")
+        check_count("skip_broken", self.skip_broken, 0)
 
     @abstractmethod
     def run(self, cells: Sequence[Cell], store: Store, listener: Listener) -> Outcome:

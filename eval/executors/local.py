@@ -23,7 +23,7 @@ class LocalExecutor(Executor):
 
     def run(self, cells: Sequence[Cell], store: Store, listener: Listener) -> Outcome:
         """See `Executor`."""
-        self._runner = Runner(store, listener, self.empty_limit)
+        self._runner = Runner(store, listener, self.empty_limit, self.skip_broken)
         return self._runner.run(cells)
 
     def measure(self, cells: Sequence[Cell], store: Store, before: Callable[[Cell], None]) -> dict[Cell, str]:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from unittest import mock
 
-from vtoken.eval.errors import EvalError, MissingExtraError
+from vtoken.eval.errors import EvalError, MissingExtraError, reason
 from vtoken.eval.executors.base import Executor, check_count
-from vtoken.eval.running.attempt import reason
 from vtoken.eval.running.listener import Listener, Outcome
 from vtoken.eval.store.results import Store
 from vtoken.eval.sweeps.cells import Cell
@@ -84,7 +83,8 @@ class RayExecutor(Executor):
                     f"worker with cpus_per_worker={self.cpus_per_worker} and gpus_per_worker={gpus:g}."
                 )
             resources = {"num_cpus": self.cpus_per_worker, "num_gpus": gpus}
-            sweep = RaySweep(store, listener, resources, self.workers or int(room), self.retries, self.empty_limit)
+            limits = self.empty_limit, self.skip_broken
+            sweep = RaySweep(store, listener, resources, self.workers or int(room), self.retries, limits)
             return sweep.run(cells)
 
     @contextlib.contextmanager

@@ -13,10 +13,10 @@ from typing import Any
 
 import ray
 
-from vtoken.eval.errors import EvalError
+from vtoken.eval.errors import EvalError, reason
 from vtoken.eval.executors.ray_worker import Worker, surroundings
 from vtoken.eval.model.loading import ModelSpec
-from vtoken.eval.running.attempt import Attempt, Status, conclude, failure_of, reason
+from vtoken.eval.running.attempt import Attempt, Status, conclude, failure_of
 from vtoken.eval.running.listener import Listener, Outcome
 from vtoken.eval.running.runner import POLL
 from vtoken.eval.store.results import Store
@@ -47,6 +47,8 @@ class RaySweep:
         At most.
     retries : int
         See `RayExecutor`.
+    limits : tuple
+        ``empty_limit`` and ``skip_broken`` of every `Runner`.
     """
 
     def __init__(
@@ -56,12 +58,12 @@ class RaySweep:
         resources: Mapping[str, float],
         workers: int,
         retries: int,
-        empty_limit: float,
+        limits: tuple[float, int],
     ) -> None:
         self.store, self.listener, self.workers, self.retries = store, listener, workers, retries
         self.root = store.root.resolve()
         self.actor = ray.remote(**resources)(Worker)
-        self.empty_limit = empty_limit
+        self.limits = limits
         self.hands: list[Hand] = []
         self.left: list[Cell] = []
         self.busy_until: dict[str, float] = {}  # cells of other runners, by when to look at them again
@@ -96,7 +98,7 @@ class RaySweep:
     def _hire(self) -> None:
         """As many workers as there is work for; one that the cluster has no room for yet holds no cell."""
         while len(self.hands) < min(self.workers, len(self.left) + sum(bool(hand.cell) for hand in self.hands)):
-            actor = self.actor.remote(self.root, self.empty_limit)
+            actor = self.actor.remote(self.root, *self.limits)
             stream = actor.start.options(num_returns="streaming").remote(self.proof, self.expected)
             self.hands.append(Hand(actor, stream))
 
@@ -167,8 +169,8 @@ class RaySweep:
 
     def _failure(self, cell: Cell, error: Exception) -> Attempt:
         """A failure that no worker has recorded, and that is final."""
-        failure = failure_of(cell, error)
-        self.store.save_failure(cell.id, failure)
+        failure = failure_of(error)
+        self.store.save_failure(cell.record(failure=failure))
         return Attempt(Status.FAILED, failure=failure, wrong_input=True)
 
     def _ended(self, cell: Cell, attempt: Attempt) -> None:
@@ -177,8 +179,8 @@ class RaySweep:
         if attempt.status is Status.BUSY:
             self.busy_until[cell.id] = time.monotonic() + POLL
             self.left.append(cell)
-        elif attempt.failure is not None and not attempt.wrong_input and self._again(cell):
-            self.listener.trouble(f"{cell.label} on {cell.task.name} is tried again: {attempt.failure['error']}")
+        elif (failure := attempt.failure) and not attempt.wrong_input and self._again(cell):
+            self.listener.trouble(f"{cell.label} on {cell.task.name} is tried again: {failure.error}")
         else:
             conclude(cell, attempt, self.outcome, self.listener)
 

@@ -30,12 +30,12 @@ class Worker:
     ----------
     root : Path
         Results folder, which the driver sees too.
-    empty_limit : float
+    empty_limit, skip_broken : float, int
         See `Runner`.
     """
 
-    def __init__(self, root: Path, empty_limit: float) -> None:
-        self.root, self.empty_limit = root, empty_limit
+    def __init__(self, root: Path, empty_limit: float, skip_broken: int) -> None:
+        self.root, self.empty_limit, self.skip_broken = root, empty_limit, skip_broken
         self.runner: Runner | None = None
 
     def start(self, proof: Path, expected: Mapping[str, str]) -> Iterator[Event]:
@@ -56,7 +56,7 @@ class Worker:
             advice = "name the device of every model" if name == "device" else "install the same on all nodes"
             yield "ready", f"has {name} {found[name]!r} where the driver has {expected[name]!r}: {advice}"
         else:
-            self.runner = Runner(Store(self.root), empty_limit=self.empty_limit)
+            self.runner = Runner(Store(self.root), None, self.empty_limit, self.skip_broken)
             yield "ready", ""
 
     def run(self, cell: Cell) -> Iterator[Event]:

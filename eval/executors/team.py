@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from vtoken.eval.harness.driver import collect_requests
+from vtoken.eval.errors import reason
+from vtoken.eval.harness.driver import collect_questions
 from vtoken.eval.model.loading import ModelSpec
-from vtoken.eval.running.attempt import reason
-from vtoken.eval.running.runner import Runner, at_work
+from vtoken.eval.model.questions import Question, batches
+from vtoken.eval.running.runner import Runner
 from vtoken.eval.store.results import Store
 from vtoken.eval.store.samplelog import SampleLog
 from vtoken.eval.sweeps.cells import Cell
@@ -133,18 +134,20 @@ def _serve(runner: Runner, pipe: Any, cell: Cell, rank: int, size: int) -> None:
 
 
 def answer_share(runner: Runner, cell: Cell, rank: int, size: int, answered: Callable[[int], None]) -> None:
-    """Answer a helper's share of a cell into a log of its own."""
+    """Answer a helper's share of a cell into a log of its own; broken documents are for the leader to judge."""
     model = runner.model(dataclasses.replace(cell, model=place(cell.model, rank)))
     task = runner.task(cell)
     path = runner.store.path(cell.id, f"answers-{rank}.jsonl")
-    with SampleLog(path, beside=runner.store.answers(cell.id)) as log, at_work(model, cell, log, answered):
-        requests = collect_requests(model, task, limit=cell.limit, seed=cell.seed, output=path.parent)
-        model.generate_until(share(model, requests, rank, size))
+    questions = collect_questions(task, limit=cell.limit, seed=cell.seed or 0, output=path.parent)
+    with SampleLog(path, beside=runner.store.answers(cell.id)) as log:
+        mine = share(questions, cell.batch_size, rank, size)
+        model.answer(mine, cell.reducer, log, answered, lambda error: None, batch_size=cell.batch_size)
 
 
-def share(model: Any, requests: Sequence[Any], rank: int, size: int) -> list[Any]:
+def share(questions: Sequence[Question], batch_size: int, rank: int, size: int) -> list[Question]:
     """Every ``size``-th batch: in whole batches, since what shares a batch decides the last digits of an answer."""
-    return [requests[number] for batch in list(model.batches(requests))[rank::size] for number in batch]
+    mine = list(batches(questions, batch_size))[rank::size]
+    return [questions[number] for batch in mine for number in batch]
 
 
 def place(spec: ModelSpec, rank: int) -> ModelSpec:

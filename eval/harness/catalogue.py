@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from vtoken.eval.errors import unknown
-from vtoken.eval.harness.tasksource import OpaqueLoader, named_files, task_files
+from vtoken.eval.harness.tasksource import named_files, task_config, task_files
 
 NOTES = Path(__file__).parent / "tasknotes.yaml"
 JUDGED = ("OPENAI_API_KEY", "llm_judge")  # in the scoring code of a task that asks another model
@@ -79,16 +79,6 @@ def describe(name: str, file: Path | None) -> TaskInfo:
     if note.get("judged", True) and file and any(word in _scoring_code(config, file) for word in JUDGED):
         needs.append("judge key")
     return TaskInfo(name, note.get("asks", ""), tuple(needs), note.get("trap", ""))
-
-
-def task_config(file: Path) -> dict[str, Any]:
-    """A task's YAML with what it includes; functions stay the names that the file gives them."""
-    found = yaml.load(file.read_text(), Loader=OpaqueLoader)
-    config = dict(found) if isinstance(found, Mapping) else {}
-    include = config.pop("include", None)
-    if not include:
-        return config
-    return {**task_config(file.parent / include), **config}
 
 
 def _scoring_code(config: Mapping[str, Any], file: Path) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place that imports and drives lmms-eval: one task, one loaded model, one call.
+"""The only place that drives lmms-eval: one task, one call. What it asks comes through `vtoken.eval.harness.asked`.
 
 lmms-eval is used for tasks, prompts and scoring. What it does to a program that embeds it is undone here: importing it
-removes all loguru sinks and adds warning filters, evaluating draws progress bars.
+removes all loguru sinks, adds warning filters and makes PIL fill up pictures that are cut off; evaluating draws bars.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtoken.eval.errors import EvalError, MissingExtraError
+
+if TYPE_CHECKING:
+    from vtoken.eval.harness.asked import Answering
+    from vtoken.eval.model.questions import Answer, Question
 
 REASONING_TAGS = '[["<think>","</think>"],["<analysis>","</analysis>"]]'  # the default of lmms-eval's command line
 
@@ -52,16 +56,35 @@ def require() -> None:
 
 @functools.cache
 def load_harness() -> Any:
-    """Import ``lmms_eval.evaluator``; takes seconds, the host's log sinks and warning filters survive."""
+    """Import ``lmms_eval.evaluator``; takes seconds, the host's log sinks, warning filters and PIL survive."""
     require()
     from unittest import mock  # here, because it imports asyncio: ``vtoken tasks`` needs neither
 
     from loguru import logger
+    from PIL import ImageFile
 
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     quiet = lambda *args, **kwargs: 0  # noqa: E731
     sinks = mock.patch.object(logger, "remove", quiet), mock.patch.object(logger, "add", quiet)
     with warnings.catch_warnings(), sinks[0], sinks[1], _no_log():
-        return importlib.import_module("lmms_eval.evaluator")
+        evaluator = importlib.import_module("lmms_eval.evaluator")
+        _silence(evaluator, importlib.import_module("lmms_eval.api.task"))
+    ImageFile.LOAD_TRUNCATED_IMAGES = lenient  # it makes grey areas of what is missing, and asks about them
+    return evaluator
+
+
+def _silence(*modules: Any) -> None:
+    """lmms-eval draws bars whatever it is told; they would tear our own display. Once, and for good."""
+    from tqdm import tqdm
+
+    class Silent(tqdm):
+        """A bar that is never drawn."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    for module in modules:
+        module.tqdm = Silent
 
 
 @contextlib.contextmanager
@@ -75,34 +98,22 @@ def _no_log() -> Iterator[None]:
         logger.enable("lmms_eval")
 
 
-@contextlib.contextmanager
-def _no_bars(evaluator: Any) -> Iterator[None]:
-    """lmms-eval forces its progress bars on; they would tear our own display."""
-    from unittest import mock
-
-    from tqdm import tqdm
-
-    task_module = importlib.import_module("lmms_eval.api.task")
-    silent = lambda *args, **kwargs: tqdm(*args, **{**kwargs, "disable": True})  # noqa: E731
-    with mock.patch.object(evaluator, "tqdm", silent), mock.patch.object(task_module, "tqdm", silent):
-        yield
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """What lmms-eval found: its log of every sample, sorted by document, and its aggregated metrics."""
+    """What lmms-eval found: its log of every sample, sorted by document, its aggregated metrics, and our answers."""
 
     samples: list[dict[str, Any]]
     metrics: dict[str, Any]
+    answers: Mapping[int, Answer]
 
 
-def evaluate(model: Any, task: Any, *, limit: int | None, seed: int, output: Path) -> Evaluation:
-    """Run one task on a loaded model.
+def evaluate(answering: Answering, task: Any, *, limit: int | None, seed: int, output: Path) -> Evaluation:
+    """Run one task.
 
     Parameters
     ----------
-    model : ReducedModel
-        The model, with its reducer at work.
+    answering : callable
+        Answers the questions of the task, see `vtoken.eval.harness.asked.Asked`.
     task : lmms_eval.api.task.Task
         A task object; it can be used again.
     limit : int, optional
@@ -120,18 +131,24 @@ def evaluate(model: Any, task: Any, *, limit: int | None, seed: int, output: Pat
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # lmms-eval would give every rank a part of the documents
         raise EvalError("vtoken starts its processes itself: run it without torchrun and accelerate launch.")
     evaluator = load_harness()
+    from vtoken.eval.harness.asked import Asked
+
+    def leave_out(doc_ids: set[int]) -> None:
+        task._instances = [one for one in task.instances if one.doc_id not in doc_ids]
+        if not task.instances:
+            raise EvalError(f"No document of the task {task.config.task!r} can be asked about.")
+
+    asked = Asked(answering, leave_out)
     # Without cli_args lmms-eval strips no reasoning tags, decodes every image twice and writes into the working
     # directory (`lmms_eval.evaluator.evaluate`).
     arguments = argparse.Namespace(
         output_path=str(output), process_with_media=False, reasoning_tags=REASONING_TAGS, log_samples=True
     )
-    manager = _empty_manager()
-    with _no_log(), _no_bars(evaluator):
+    with _no_log():
         results = evaluator.simple_evaluate(
-            model=model,
-            model_args=str(model),
+            model=asked,
             tasks=[task],
-            task_manager=manager,
+            task_manager=_empty_manager(),
             limit=limit,
             bootstrap_iters=0,
             cli_args=arguments,
@@ -145,30 +162,29 @@ def evaluate(model: Any, task: Any, *, limit: int | None, seed: int, output: Pat
     first_filter = {sample["doc_id"]: sample for sample in reversed(results["samples"][name])}
     if not first_filter:
         raise EvalError(f"The task {name!r} has no documents.")
-    return Evaluation([first_filter[doc_id] for doc_id in sorted(first_filter)], dict(results["results"][name]))
+    samples = [first_filter[doc_id] for doc_id in sorted(first_filter)]
+    return Evaluation(samples, dict(results["results"][name]), asked.answers)
 
 
 class _CollectedError(Exception):
-    """Carries requests out of lmms-eval."""
+    """Carries questions out of lmms-eval."""
 
-    def __init__(self, requests: list[Any]) -> None:
+    def __init__(self, questions: Sequence[Question]) -> None:
         super().__init__()
-        self.requests = requests
+        self.questions = questions
 
 
-def collect_requests(model: Any, task: Any, *, limit: int | None, seed: int, output: Path) -> list[Any]:
-    """What `evaluate` would ask the model, in its order; the model is asked nothing, but shown the documents."""
-    from unittest import mock
+def collect_questions(task: Any, *, limit: int | None, seed: int, output: Path) -> Sequence[Question]:
+    """What `evaluate` would have answered, in its order."""
 
-    def collect(requests: list[Any]) -> None:
-        raise _CollectedError(requests)
+    def collect(questions: Sequence[Question]) -> Sequence[Answer]:
+        raise _CollectedError(questions)
 
-    with mock.patch.object(model, "generate_until", collect):
-        try:
-            evaluate(model, task, limit=limit, seed=seed, output=output)
-        except _CollectedError as found:
-            return found.requests
-    return []
+    try:
+        evaluate(collect, task, limit=limit, seed=seed, output=output)
+    except _CollectedError as found:
+        return found.questions
+    return ()
 
 
 @functools.cache

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtoken.eval.errors import EvalError
+
+if TYPE_CHECKING:
+    from vtoken.eval.model.questions import Answer
 
 _BOOKKEEPING = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash"} | {
     "input_media",
     "input",
     "submission",
 }
-_PICTURE_KEYS = ("scene", "image_id", "imageId", "videoID")
+PICTURE_KEYS = ("scene", "image_id", "imageId", "videoID")
 """What documents call the picture or clip that they ask about; without one, its pixels tell."""
 _FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # what lmms-eval's API models answer when the server is down
 
@@ -45,8 +48,17 @@ def _score(value: Any) -> float | None:
     return None
 
 
-def flatten(sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
+def flatten(sample: Mapping[str, Any], metric: str, asked: Answer) -> dict[str, Any]:
     """What is kept of a sample: its score, answer, tokens, and how it groups with others.
+
+    Parameters
+    ----------
+    sample : mapping
+        As lmms-eval logs it.
+    metric : str
+        See `main_metric`.
+    asked : Answer
+        What the model noted about the document.
 
     Raises
     ------
@@ -60,17 +72,15 @@ def flatten(sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
     if answer.startswith(_FAILED):
         raise EvalError(f"The model did not answer document {sample['doc_id']}: {answer}")
     doc = sample.get("doc") or {}
-    tokens = dict((sample.get("token_counts") or [None])[0] or {})
-    picture, prompt = tokens.pop("picture", ""), tokens.pop("prompt", "")
     return {
         "doc_id": sample["doc_id"],
         "kind": doc.get("kind", ""),
-        "cluster": str(next((doc[key] for key in _PICTURE_KEYS if key in doc), picture)),
-        "prompt": prompt,
+        "cluster": str(next((doc[key] for key in PICTURE_KEYS if key in doc), asked.picture)),
+        "prompt": asked.prompt,
         "score": score,
         "answer": answer,
         "target": sample.get("target"),
-        "tokens": tokens,
+        "tokens": {name: count for name, count in asked.counts.items() if count is not None},
     }
 
 

@@ -9,8 +9,8 @@ import importlib.metadata
 import itertools
 import os
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import yaml
 from vtoken.eval.errors import EvalError, unknown
 from vtoken.eval.harness.driver import require, task_folder, task_manager, task_object
 from vtoken.eval.provenance import folder_digest
+from vtoken.eval.store.record import TaskIdentity
 from vtoken.eval.tasks import FOLDER, bundled_tasks
 
 STOCK_PROMPTS = {
@@ -33,7 +34,10 @@ STOCK_PROMPTS = {
 """``config.model_type`` -> the lmms-eval model whose prompts a task gives: tasks phrase questions by model name."""
 
 
+LOCAL = "local"
+"""Version of tasks of a folder."""
 _TASKS = ("task", "python_task")
+_DRAWING = ("random", "shuffle", "llm_judge", "OPENAI_API_KEY")  # what code says that draws, or asks a model that does
 _NAME = re.compile(r"^(?:task|group): *[\"']?([^\s\"'#]+)", re.MULTILINE)  # in a task YAML
 
 
@@ -52,16 +56,20 @@ class TaskRef:
         pinned by the dataset's own fingerprint, which the result records).
     folder : str
         Where a task of the user's is defined, "" for others. The fingerprint pins what is in it, so that it may move.
+    draws : bool
+        Whether a seed might change what is asked, answered or scored, see `may_draw`. It decides nothing itself.
     """
 
     name: str
     version: str
     fingerprint: str
     folder: str = ""
+    draws: bool = field(default=True, compare=False, kw_only=True)
 
-    def config(self) -> dict[str, str]:
-        """What decides the score, as plain data."""
-        return {"name": self.name, "version": self.version, "fingerprint": self.fingerprint}
+    @property
+    def identity(self) -> TaskIdentity:
+        """What decides the score."""
+        return TaskIdentity(name=self.name, version=self.version, fingerprint=self.fingerprint)
 
 
 def resolve_tasks(names: Sequence[str]) -> list[TaskRef]:
@@ -106,7 +114,20 @@ def folder_tasks(folder: str, names: Sequence[str] = ()) -> list[TaskRef]:
         raise EvalError(f"The folder {folder!r} defines no lmms-eval task: put YAML files with the key 'task' into it.")
     leaves = [leaf for name in names or defined for leaf in _leaves(name, manager)]
     digest = _folder_digest(root)
-    return [TaskRef(leaf, "local", digest, str(root)) for leaf in dict.fromkeys(leaves)]
+    files = {leaf: Path(manager.task_index[leaf]["yaml_path"]) for leaf in leaves}
+    return [TaskRef(leaf, LOCAL, digest, str(root), draws=may_draw(file)) for leaf, file in files.items()]
+
+
+def as_it_is_now(ref: TaskRef) -> TaskRef:
+    """The same task, pinned by its present definition and data.
+
+    Raises
+    ------
+    EvalError
+        If it is no longer there.
+    """
+    (found,) = folder_tasks(ref.folder, [ref.name]) if ref.folder else resolve_tasks([ref.name])
+    return found
 
 
 def _folder_digest(root: Path) -> str:
@@ -124,7 +145,7 @@ def _bundled(name: str) -> TaskRef:
 
     config = yaml.load((FOLDER / f"{name}.yaml").read_text(), Loader=OpaqueLoader)
     data = (config.get("dataset_kwargs") or {}).get("name", MIXED)
-    return TaskRef(name, str(version(data)), load_data(data).fingerprint)
+    return TaskRef(name, str(version(data)), load_data(data).fingerprint, draws=False)
 
 
 def named_files(names: Collection[str]) -> dict[str, Path]:
@@ -159,7 +180,25 @@ OpaqueLoader.add_constructor("!function", lambda loader, node: node.value)
 def _foreign(name: str) -> TaskRef:
     path = Path(_manager(None).task_index[name]["yaml_path"])
     version = f"lmms-eval {importlib.metadata.version('lmms-eval')}"
-    return TaskRef(name, version, hashlib.sha256(path.read_bytes()).hexdigest())
+    return TaskRef(name, version, hashlib.sha256(path.read_bytes()).hexdigest(), draws=may_draw(path))
+
+
+def may_draw(file: Path) -> bool:
+    """Whether a task might depend on a seed: it samples answers or examples, or the code beside its YAML might draw."""
+    config = task_config(file)
+    if ((config.get("generation_kwargs") or {}).get("temperature") or 0) > 0 or config.get("num_fewshot"):
+        return True
+    return any(word in code.read_text(encoding="utf-8") for code in file.parent.glob("*.py") for word in _DRAWING)
+
+
+def task_config(file: Path) -> dict[str, Any]:
+    """A task's YAML with what it includes; functions stay the names that the file gives them."""
+    found = yaml.load(file.read_text(), Loader=OpaqueLoader)
+    config = dict(found) if isinstance(found, Mapping) else {}
+    include = config.pop("include", None)
+    if not include:
+        return config
+    return {**task_config(file.parent / include), **config}
 
 
 def _leaves(name: str, manager: Any) -> list[str]:

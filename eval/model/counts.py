@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the model notes about each sample: its visual tokens (before the reducer, entering the decoder, averaged over
-its layers) and what was asked about which picture."""
+"""Visual tokens of each sample: before the reducer, entering the decoder, and averaged over its layers."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lmms_eval.api.instance import TokenCounts
 from torch import Tensor
 
 from vtoken.stats import Stats
@@ -34,33 +32,6 @@ class Visual:
     def as_dict(self) -> dict[str, Any]:
         """A flat mapping."""
         return asdict(self)
-
-
-@dataclass
-class SampleCounts(TokenCounts):
-    """lmms-eval's token counts with ours: the evaluator writes what `to_dict` returns into every sample.
-
-    Parameters
-    ----------
-    visual_tokens, visual_kept, visual_per_layer : optional
-        See `Visual`.
-    evidence_recall : float, optional
-        See `vtoken.eval.model.evidence`.
-    picture, prompt : str, optional
-        Hashes of the pixels (or of the video's path), "" without any, and of the whole question with its generation
-        arguments. They are no counts, but nothing else of a model's reaches the log of samples.
-    """
-
-    visual_tokens: int | None = None
-    visual_kept: int | None = None
-    visual_per_layer: float | None = None
-    evidence_recall: float | None = None
-    picture: str | None = None
-    prompt: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All counts that are known."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def visual_token_ids(config: Any) -> set[int]:

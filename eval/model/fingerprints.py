@@ -6,16 +6,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vtoken.eval.model.preprocessing import Conversation
 
 
-def question_key(request: Any, conversation: Conversation) -> str:
-    """Fingerprint of a question: document, prompt, pixels and generation arguments."""
-    _, _, arguments, doc_id, task, split = request.args
-    digest = hashlib.sha256(json.dumps([task, split, doc_id, arguments], sort_keys=True, default=str).encode())
+def question_key(identity: Sequence[Any], conversation: Conversation) -> str:
+    """Fingerprint of a question: what names it (task, split, document, generation arguments), prompt and pixels."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
     for _, value in _parts(conversation):
         digest.update(value)
     return digest.hexdigest()

@@ -6,13 +6,21 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from vtoken.eval.comparison.statistics import Estimate
 from vtoken.eval.comparison.summary import VERSUS, Row
+from vtoken.eval.report.columns import exported
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~#])")
+
+
+def values_of(row: Row) -> dict[str, Any]:
+    """What JSON holds of a row: the values of all columns, plain."""
+    data = asdict(row)
+    return {column.key: data[column.key] for column in exported()}
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -27,46 +35,56 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def _flatten(row: Row) -> dict[str, Any]:
-    data = asdict(row)
-    kinds, mean = data.pop("kinds") or {}, data.pop("accuracy")
-    compared = {name.removeprefix("versus_"): data.pop(name) or {} for name in VERSUS}
-    flat = {**data, **_estimate("accuracy", mean)}
-    for name, versus in compared.items():
-        for part in ("difference", "retained"):
-            flat |= _estimate(f"{name}_{part}", versus.pop(part, None))
-        flat |= {f"{name}_{key}": value for key, value in versus.items()}
-    return {**flat, **{f"kind_{kind}": value for kind, value in kinds.items()}}
+    flat: dict[str, Any] = {}
+    for name, value in values_of(row).items():
+        found = getattr(row, name)
+        if isinstance(found, Estimate):
+            flat |= _estimate(name, value)
+        elif name in VERSUS:
+            flat |= _paired(name.removeprefix("versus_"), value or {})
+        elif name == "kinds":
+            flat |= {f"kind_{kind}": share for kind, share in (value or {}).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
-def _estimate(name: str, found: dict[str, float] | None) -> dict[str, float]:
-    return {name if part == "value" else f"{name}_{part}": value for part, value in (found or {}).items()}
+def _paired(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for part, value in found.items():
+        flat |= _estimate(f"{name}_{part}", value) if isinstance(value, dict) else {f"{name}_{part}": value}
+    return flat
 
 
-def as_markdown(columns: Sequence[str], lines: Sequence[Sequence[str]], text: Container[str]) -> str:
+def _estimate(name: str, found: Mapping[str, float]) -> dict[str, float]:
+    return {name if part == "value" else f"{name}_{part}": value for part, value in found.items()}
+
+
+def as_markdown(titles: Sequence[str], lines: Sequence[Sequence[str]], names: Sequence[bool]) -> str:
     """A Markdown table.
 
     Parameters
     ----------
-    columns : sequence of str
+    titles : sequence of str
         Headings.
     lines : sequence of sequence of str
         Formatted cells.
-    text : container of str
-        Columns that hold names, which are escaped; the others hold our numbers and are right-aligned.
+    names : sequence of bool
+        For each column whether it holds names, which are escaped; the others hold our numbers and are right-aligned.
     """
-    marks = ["---" if name in text else "---:" for name in columns]
-    names = [[_markdown(c) if name in text else c for name, c in zip(columns, line, strict=True)] for line in lines]
-    return "".join("| " + " | ".join(line) + " |\n" for line in (columns, marks, *names))
+    marks = ["---" if is_name else "---:" for is_name in names]
+    cells = [[_markdown(c) if is_name else c for c, is_name in zip(line, names, strict=True)] for line in lines]
+    return "".join("| " + " | ".join(line) + " |\n" for line in (titles, marks, *cells))
 
 
 def _markdown(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 
 
-def as_latex(columns: Sequence[str], lines: Sequence[Sequence[str]], text: Container[str]) -> str:
+def as_latex(titles: Sequence[str], lines: Sequence[Sequence[str]], names: Sequence[bool]) -> str:
     """A LaTeX ``tabular`` with booktabs' rules; arguments as in `as_markdown`."""
     import pandas
 
-    alignment = "".join("l" if name in text else "r" for name in columns)
-    frame = pandas.DataFrame([[" ".join(cell.split()) for cell in line] for line in lines], columns=list(columns))
+    alignment = "".join("l" if is_name else "r" for is_name in names)
+    frame = pandas.DataFrame([[" ".join(cell.split()) for cell in line] for line in lines], columns=list(titles))
     return frame.to_latex(index=False, escape=True, column_format=alignment)

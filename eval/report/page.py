@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,14 @@ from vtoken.eval.comparison.runs import Run, data_of, origins
 from vtoken.eval.comparison.summary import Row
 from vtoken.eval.errors import EvalError, MissingExtraError
 from vtoken.eval.provenance import surroundings
-from vtoken.eval.report.export import as_csv
+from vtoken.eval.report.columns import Column, legend, lines_of, shown
+from vtoken.eval.report.export import as_csv, values_of
 from vtoken.eval.report.plot import pareto_html, plotly_script
 from vtoken.eval.report.published import BESIDE, beside_table
 from vtoken.eval.report.published import LEGEND as PUBLISHED_LEGEND
-from vtoken.eval.report.render import LEGEND, Columns, failures, layouts, notes
-from vtoken.eval.report.tables import FLIPS, WINS, WINS_LEGEND, kinds_table, wins_table
-from vtoken.eval.running.cost import BATCH
-from vtoken.eval.store.results import dump, write_atomic
+from vtoken.eval.report.render import failures, notes
+from vtoken.eval.report.tables import FLIPS, WINS, WINS_LEGEND, kinds_columns, wins_table
+from vtoken.eval.store.files import dump, write_atomic
 
 if TYPE_CHECKING:
     from vtoken.eval.report.pictures import Picture
@@ -51,7 +50,8 @@ def write_reports(
     EvalError
         If a file cannot be written.
     """
-    data = {"settings": settings, "rows": [asdict(row) for row in rows], "made_with": surroundings()}
+    data: dict[str, Any] = {"settings": settings, "rows": [values_of(row) for row in rows]}
+    data |= {"cells": [run.id for run in runs], "made_with": surroundings()}
     hint = f"vtoken report {folder} adds the worst regressions as pictures."
     contents = {
         "report.html": render_html(rows, settings, runs, remarks=[hint]),
@@ -109,32 +109,31 @@ def render_html(
         published=(BESIDE, beside_table(rows), PUBLISHED_LEGEND),
         pictures=pictures,
         remarks=remarks,
-        legend=LEGEND.format(batch=BATCH),
+        legend=legend(rows),
         caveat=CAVEAT,
         settings=dump(dict(settings)),
         origins=origins(runs),
         data=data_of(runs),
-        cells=[(run.id, run.name, run.task, dump(run.config)) for run in runs],
+        cells=[(run.id, run.name, run.task, dump(run.record.cell.model_dump())) for run in runs],
     )
 
 
 def _section(rows: Sequence[Row]) -> dict[str, Any]:
-    """What the page says about one model and task; every table is (columns, [(row, cells)])."""
+    """What the page says about one model and task; every table is (title, columns, [(row, cells)])."""
     good = [row for row in rows if row.versus_unpruned]
-    columns, _ = layouts(rows)
     return {
         "model": rows[0].model,
         "task": rows[0].task,
         "documents": max(row.documents for row in rows),
         "plot": pareto_html(rows),
         "tables": [
-            ("", *_lines(columns, rows)),
-            ("Answers that turned", *_lines(FLIPS, good)),
-            ("Accuracy by kind of question, %", *kinds_table(rows)),
+            _table("", shown(rows), rows),
+            _table("Answers that turned", FLIPS, good),
+            _table("Accuracy by kind of question, %", kinds_columns(rows), [row for row in rows if row.kinds]),
         ],
         "remarks": [*failures(rows), *notes(rows)],
     }
 
 
-def _lines(columns: Columns, rows: Sequence[Row]) -> tuple[list[str], list[tuple[Row, list[str]]]]:
-    return list(columns), [(row, [column(row) for column in columns.values()]) for row in rows]
+def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> tuple[str, Sequence[Column], list[Any]]:
+    return title, columns, list(zip(rows, lines_of(columns, rows), strict=True))

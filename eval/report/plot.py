@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from vtoken.eval.comparison.runs import UNPRUNED
 from vtoken.eval.comparison.summary import Row
 from vtoken.eval.errors import MissingExtraError
+from vtoken.eval.store.record import UNPRUNED
 
 
 class Axis(NamedTuple):

@@ -6,32 +6,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vtoken.eval.comparison.summary import Row
+from vtoken.eval.report.columns import KEEP, REDUCER, Column
 from vtoken.eval.report.formats import SIGNIFICANT, flips_text, p_text, share_text
-from vtoken.eval.report.render import COLUMNS, Columns
 
-FLIPS: Columns = {
-    "reducer": COLUMNS["reducer"],
-    "keep": COLUMNS["keep"],
-    "right to wrong": lambda row: share_text(row.versus_unpruned, "lost"),
-    "wrong to right": lambda row: share_text(row.versus_unpruned, "won"),
-    "answer changed": lambda row: share_text(row.versus_unpruned, "changed"),
-    "lost/won vs random": lambda row: flips_text(row.versus_random),
-    "p vs random": lambda row: p_text(row.versus_random),
-}
+FLIPS = (
+    REDUCER,
+    KEEP,
+    Column("lost", "right to wrong", lambda row: share_text(row.versus_unpruned, "lost")),
+    Column("won", "wrong to right", lambda row: share_text(row.versus_unpruned, "won")),
+    Column("changed", "answer changed", lambda row: share_text(row.versus_unpruned, "changed")),
+    Column("random_flips", "lost/won vs random", lambda row: flips_text(row.versus_random)),
+    Column("random_p", "p vs random", lambda row: p_text(row.versus_random)),
+)
 """How often a reducer turns an answer, against the unpruned model and against `random` at the same budget."""
 WINS = ("reducer", "runs", "better", "worse", "no difference shown", "questions won", "questions lost")
 WINS_LEGEND = "better, worse: runs whose difference is beyond chance after Holm's correction over their table."
 
 
-def kinds_table(rows: Sequence[Row]) -> tuple[list[str], list[tuple[Row, list[str]]]]:
-    """Columns and cells of the accuracy by kind of question; no rows where the task has no kinds."""
-    kinds = list(dict.fromkeys(kind for row in rows for kind in row.kinds or {}))
-    lines = []
-    for row in rows:
-        if row.kinds:
-            shares = [f"{100 * row.kinds[kind]:.0f}" if kind in row.kinds else "" for kind in kinds]
-            lines.append((row, [row.reducer, COLUMNS["keep"](row), *shares]))
-    return ["reducer", "keep", *kinds], lines
+def kinds_columns(rows: Sequence[Row]) -> list[Column]:
+    """Accuracy by kind of question, in per cent; for rows of a task that has kinds."""
+    return [REDUCER, KEEP, *map(_kind, dict.fromkeys(kind for row in rows for kind in row.kinds or {}))]
+
+
+def _kind(kind: str) -> Column:
+    return Column(kind, kind, lambda row: f"{100 * row.kinds[kind]:.0f}" if row.kinds and kind in row.kinds else "")
 
 
 def wins_table(rows: Sequence[Row]) -> list[list[str]]:

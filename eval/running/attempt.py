@@ -7,9 +7,10 @@ import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Any
 
+from vtoken.eval.errors import DocumentError, reason
 from vtoken.eval.running.listener import Listener, Outcome
+from vtoken.eval.store.record import Failure, Result
 from vtoken.eval.sweeps.cells import Cell
 
 
@@ -28,10 +29,10 @@ class Attempt:
 
     Parameters
     ----------
-    result : dict, optional
+    result : Result, optional
         Of a cell that finished.
-    failure : dict, optional
-        What a cell that failed left in the store.
+    failure : Failure, optional
+        Of a cell that failed.
     unloadable : str
         Why the cell's model cannot be loaded, if that is how it failed.
     wrong_input : bool
@@ -39,37 +40,27 @@ class Attempt:
     """
 
     status: Status
-    result: dict[str, Any] | None = None
-    failure: dict[str, Any] | None = None
+    result: Result | None = None
+    failure: Failure | None = None
     unloadable: str = ""
     wrong_input: bool = False
 
 
 def conclude(cell: Cell, attempt: Attempt, outcome: Outcome, listener: Listener) -> None:
     """Enter the end of a cell and tell it."""
-    if attempt.status is Status.FINISHED:
+    if attempt.result is not None:
         outcome.finished.append(cell)
-        listener.finished(cell, attempt.result or {})
+        listener.finished(cell, attempt.result)
     elif attempt.status is Status.SKIPPED:
         outcome.skipped.append(cell)
         listener.skipped(cell)
-    elif attempt.status is Status.FAILED:
+    elif attempt.failure is not None:
         outcome.failed.append(cell)
-        listener.failed(cell, attempt.failure or {})
+        listener.failed(cell, attempt.failure)
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong; lmms-eval wraps errors of datasets and scoring into a `tenacity.RetryError`."""
-    attempt = getattr(error, "last_attempt", None)
-    inner = attempt.exception() if attempt is not None else None
-    return str(inner or error) or type(inner or error).__name__
-
-
-def failure_of(cell: Cell, error: BaseException) -> dict[str, Any]:
-    """What is recorded of a cell that raised."""
-    return {
-        "cell": cell.config(),
-        "error": reason(error),
-        "traceback": "".join(traceback.format_exception(error)),
-        "at": datetime.now(UTC).isoformat(),
-    }
+def failure_of(error: BaseException) -> Failure:
+    """What is recorded of an error."""
+    trace = "".join(traceback.format_exception(error))
+    documents = list(error.documents) if isinstance(error, DocumentError) else []
+    return Failure(error=reason(error), traceback=trace, at=datetime.now(UTC).isoformat(), documents=documents)

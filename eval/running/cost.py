@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
+from vtoken.eval.errors import reason
 from vtoken.eval.harness.tasksource import load_task
-from vtoken.eval.running.attempt import reason
 from vtoken.eval.running.runner import POLL, Runner
+from vtoken.eval.store.results import BATCH
 from vtoken.eval.sweeps.cells import Cell
 from vtoken.profile import measure_prefill
-
-BATCH = 4  # prompts at once: enough that the arithmetic outweighs the overhead, few enough to be quick
 
 
 def measure_cells(
@@ -49,18 +49,21 @@ def _measure(cell: Cell, runner: Runner, batch: int) -> str:
     """Measure and save; returns why that did not work, "" if it did."""
     try:
         model = runner.model(cell)
-        cost = measure_prefill(model.model, cell.reducer, first_inputs(cell, model, batch))
+        found = runner.store.result(cell.id)
+        inputs = first_inputs(cell, model, batch, found.left_out if found else ())
+        cost = measure_prefill(model.model, cell.reducer, inputs)
     except Exception as error:
         return reason(error)
     runner.store.save_profile(cell.id, cost.as_dict())
     return ""
 
 
-def first_inputs(cell: Cell, model: Any, batch: int) -> Any:
-    """Encoded prompts of the first documents of a cell's task."""
-    from lmms_eval.protocol import ChatMessages
-
+def first_inputs(cell: Cell, model: Any, batch: int, left_out: Container[int] = ()) -> Any:
+    """Encoded prompts of the first documents of a cell's task, but for those that are left out."""
     task = load_task(cell.task.name, cell.model_type, cell.task.folder)
-    docs = [task.eval_docs[i] for i in range(min(batch, len(task.eval_docs)))]
+    from lmms_eval.protocol import ChatMessages  # now that it is loaded with care
+
+    numbers = itertools.islice((i for i in range(len(task.eval_docs)) if i not in left_out), batch)
+    docs = [task.eval_docs[i] for i in numbers]
     talks = [ChatMessages(messages=task.doc_to_messages(doc)).to_hf_messages() for doc in docs]
     return model.encode(talks)

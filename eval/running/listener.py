@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from vtoken.eval.model.loading import ModelSpec
+from vtoken.eval.store.record import Failure, Result
 from vtoken.eval.sweeps.cells import Cell
 
 
@@ -23,13 +23,13 @@ class Listener:
     def answered(self, cell: Cell, count: int) -> None:
         """``count`` more documents are answered."""
 
-    def finished(self, cell: Cell, result: dict[str, Any]) -> None:
+    def finished(self, cell: Cell, result: Result) -> None:
         """A cell is saved."""
 
     def skipped(self, cell: Cell) -> None:
         """Another runner has finished a cell meanwhile; those that are there at the start of a run are not told."""
 
-    def failed(self, cell: Cell, failure: dict[str, Any]) -> None:
+    def failed(self, cell: Cell, failure: Failure) -> None:
         """A cell raised."""
 
     def waiting(self, cells: Sequence[Cell]) -> None:

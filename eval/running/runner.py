@@ -3,23 +3,28 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from vtoken.eval.errors import EvalError
-from vtoken.eval.harness.driver import Evaluation, evaluate, load_harness
+from vtoken.eval.errors import DocumentError, EvalError
+from vtoken.eval.harness.driver import Evaluation, evaluate
 from vtoken.eval.harness.scores import flatten, main_metric
 from vtoken.eval.harness.tasksource import load_task
+from vtoken.eval.model.loaded import LoadedModel
 from vtoken.eval.model.loading import ModelSpec
-from vtoken.eval.provenance import prompts_digest, surroundings
+from vtoken.eval.provenance import prompts_digest
 from vtoken.eval.running.attempt import Attempt, Status, conclude, failure_of
 from vtoken.eval.running.listener import Listener, Outcome
 from vtoken.eval.store.lock import CellLock, LockLostError
+from vtoken.eval.store.record import Failure, Result
 from vtoken.eval.store.results import ANSWERS, Store
 from vtoken.eval.store.samplelog import SampleLog
 from vtoken.eval.sweeps.cells import Cell
+
+if TYPE_CHECKING:
+    from vtoken.eval.harness.asked import Answering
 
 EMPTY_LIMIT = 0.5
 POLL = 1.0  # seconds between looks at cells of other runners
@@ -36,11 +41,20 @@ class Runner:
         Told about progress.
     empty_limit : float
         A cell of whose answers a larger share than this is empty fails: a broken model must not look like a bad one.
+    skip_broken : int
+        How many documents that cannot be read a cell may leave out; with one more it fails.
     """
 
-    def __init__(self, store: Store, listener: Listener | None = None, empty_limit: float = EMPTY_LIMIT) -> None:
-        self.store, self.listener, self.empty_limit = store, listener or Listener(), empty_limit
-        self._loaded: tuple[ModelSpec, Any] | None = None
+    def __init__(
+        self,
+        store: Store,
+        listener: Listener | None = None,
+        empty_limit: float = EMPTY_LIMIT,
+        skip_broken: int = 0,
+    ) -> None:
+        self.store, self.listener = store, listener or Listener()
+        self.empty_limit, self.skip_broken = empty_limit, skip_broken
+        self._loaded: tuple[ModelSpec, LoadedModel] | None = None
         self._broken_models: dict[ModelSpec, Exception] = {}
         self._broken_tasks: dict[tuple[str, ...], Exception] = {}
 
@@ -55,7 +69,7 @@ class Runner:
         outcome = Outcome(skipped=[cell for cell in cells if self.store.settle(cell.id)])
         left = [cell for cell in cells if cell not in outcome.skipped]
         lonely = len({cell.model for cell in cells}) == 1
-        before = {cell.id: self.store.failure(cell.id) for cell in cells}
+        before = {cell.id: self.store.failure(cell.id) for cell in left}
         while left:
             busy = []
             for cell in left:
@@ -72,7 +86,7 @@ class Runner:
             left = busy
         return outcome
 
-    def _failed_elsewhere(self, cell: Cell, before: dict[str, Any] | None) -> Attempt | None:
+    def _failed_elsewhere(self, cell: Cell, before: Failure | None) -> Attempt | None:
         """Whether another runner saw the cell fail since this one began: then it need not be tried again."""
         failure = self.store.failure(cell.id)
         return Attempt(Status.FAILED, failure=failure) if failure and failure != before else None
@@ -98,31 +112,25 @@ class Runner:
         except LockLostError:
             return Attempt(Status.BUSY)
         except Exception as error:
-            failure = failure_of(cell, error)
-            self.store.save_failure(cell.id, failure)
+            failure = failure_of(error)
+            self.store.save_failure(cell.record(failure=failure))
             wrong = isinstance(error, EvalError)
             unloadable = str(error) if wrong and model is None else ""
             return Attempt(Status.FAILED, failure=failure, unloadable=unloadable, wrong_input=wrong)
 
-    def model(self, cell: Cell) -> Any:
-        """The loaded model of a cell, unpruned; only one is held at a time, one that fails is not tried again."""
+    def model(self, cell: Cell) -> LoadedModel:
+        """The loaded model of a cell; only one is held at a time, one that fails is not tried again."""
         if cell.model in self._broken_models:
             raise self._broken_models[cell.model]
-        load_harness()
-        from vtoken.eval.model.reduced import ReducedModel
-
         if self._loaded is None or self._loaded[0] != cell.model:
             self._loaded = None  # frees the former one first
             self.listener.loading(cell.model)
             try:
-                self._loaded = (cell.model, ReducedModel(cell.model))
+                self._loaded = (cell.model, LoadedModel(cell.model))
             except Exception as error:
                 self._broken_models[cell.model] = error
                 raise
-        model = self._loaded[1]
-        model.batch_size = cell.batch_size
-        model.use(None)
-        return model
+        return self._loaded[1]
 
     def task(self, cell: Cell) -> Any:
         """The task of a cell; one that cannot be loaded is not tried again, since lmms-eval takes 20 s to give up."""
@@ -135,7 +143,7 @@ class Runner:
             self._broken_tasks[key] = error
             raise
 
-    def _run_cell(self, cell: Cell, model: Any, check_lock: Callable[[], None]) -> dict[str, Any]:
+    def _run_cell(self, cell: Cell, model: LoadedModel, check_lock: Callable[[], None]) -> Result:
         task = self.task(cell)
         started = time.perf_counter()
 
@@ -144,39 +152,63 @@ class Runner:
             self.listener.answered(cell, count)
 
         log = SampleLog(self.store.path(cell.id, ANSWERS), beside=self.store.answers(cell.id))
-        with log, at_work(model, cell, log, answered):
-            self.answer_ahead(cell, model, task)
+        left_out: dict[int, str] = {}
+
+        def broken(error: DocumentError) -> None:
+            left_out.update(dict.fromkeys(error.documents, str(error)))
+            if len(left_out) > self.skip_broken:
+                raise error
+
+        with log:
+            answering = self.answering(cell, model, log, answered, broken)
             folder = self.store.path(cell.id, "")
-            found = evaluate(model, task, limit=cell.limit, seed=cell.seed, output=folder)
-        result, samples = self._result(cell, task, found)
+            found = evaluate(answering, task, limit=cell.limit, seed=cell.seed or 0, output=folder)
+        seconds = time.perf_counter() - started
+        result, samples = self._result(task, found, left_out=left_out, seconds=seconds)
         check_lock()
-        result["seconds"] = time.perf_counter() - started
-        self.store.save(cell.id, result, samples)
+        self.store.save(cell.record(result), samples)
         return result
 
-    def _result(self, cell: Cell, task: Any, found: Evaluation) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _result(self, task: Any, found: Evaluation, **noted: Any) -> tuple[Result, list[dict[str, Any]]]:
         metric = main_metric(found.samples[0], task)
         samples = [
-            flatten(sample, metric if metric in sample else main_metric(sample, task))  # mme logs one of two
+            flatten(
+                sample,
+                metric if metric in sample else main_metric(sample, task),  # mme logs one of two
+                found.answers[sample["doc_id"]],
+            )
             for sample in found.samples
         ]
         empty = sum(not sample["answer"].strip() for sample in samples)
         self._check_empty(empty, len(samples))
-        result = {
-            "id": cell.id,
-            "cell": cell.config(),
-            "metric": metric,
-            "metrics": {name: value for name, value in found.metrics.items() if isinstance(value, (int, float))},
-            "documents": len(samples),
-            "empty_answers": empty,
-            "prompts": prompts_digest(samples),
-            "dataset": str(getattr(task.eval_docs, "_fingerprint", "")),
-            "made_with": surroundings(),
-        }
+        result = Result(
+            metric=metric,
+            metrics={name: value for name, value in found.metrics.items() if isinstance(value, (int, float))},
+            documents=len(samples),
+            empty_answers=empty,
+            prompts=prompts_digest(samples),
+            dataset=str(getattr(task.eval_docs, "_fingerprint", "")),
+            **noted,
+        )
         return result, samples
 
-    def answer_ahead(self, cell: Cell, model: Any, task: Any) -> None:
-        """Overridden where other processes help: fill the model's log before the evaluation reads it."""
+    def answering(
+        self,
+        cell: Cell,
+        model: LoadedModel,
+        log: SampleLog,
+        answered: Callable[[int], None],
+        broken: Callable[[DocumentError], None],
+    ) -> Answering:
+        """How the questions of a cell are answered; overridden where other processes help."""
+        return functools.partial(
+            model.answer,
+            reducer=cell.reducer,
+            log=log,
+            on_answers=answered,
+            on_broken=broken,
+            batch_size=cell.batch_size,
+        )
 
     def _check_empty(self, empty: int, documents: int) -> None:
         if empty > self.empty_limit * documents:
@@ -184,15 +216,3 @@ class Runner:
                 f"{empty} of {documents} answers are empty, more than empty_limit={self.empty_limit:g} allows: "
                 "the reducer or the model is broken, or the task expects it and needs a higher limit."
             )
-
-
-@contextlib.contextmanager
-def at_work(model: Any, cell: Cell, log: SampleLog, answered: Callable[[int], None]) -> Iterator[None]:
-    """The model with the cell's reducer, logging its answers and telling how many; bare again afterwards."""
-    model.log, model.on_answers = log, answered
-    try:
-        model.use(cell.reducer)
-        yield
-    finally:
-        model.log, model.on_answers = None, lambda count: None
-        model.use(None)

@@ -12,9 +12,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import vtoken
 from vtoken.drawing import LONG_EDGE, beside, seen, shade, size_of
-from vtoken.eval.errors import EvalError
+from vtoken.eval.errors import EvalError, reason
 from vtoken.eval.model.preprocessing import preprocessing
-from vtoken.eval.running.attempt import reason
 from vtoken.profile.clock import now
 
 if TYPE_CHECKING:

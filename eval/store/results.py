@@ -1,34 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results on disk: one folder a cell, written so that a crash at any moment leaves old or new, never half.
 
-OUT/cells/<id>/result.json      the cell, its metrics and provenance; its presence means that the cell is finished
+OUT/cells/<id>/result.json      the record of a cell that is finished, see `vtoken.eval.store.record`
 OUT/cells/<id>/samples.jsonl    one line per document
 OUT/cells/<id>/answers.jsonl    answers so far, while the cell runs; answers-1.jsonl, ... of further processes on it
-OUT/cells/<id>/failure.json     the traceback of a cell that raised; the next run tries it again
+OUT/cells/<id>/failure.json     the record of a cell that raised, with its traceback; the next run tries it again
 OUT/cells/<id>/profile.json     measured cost
 OUT/locks/<id>                  held by the runner that is at the cell
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vtoken.eval.errors import EvalError
+from vtoken.eval.store.files import dump, read_json, write_atomic
 from vtoken.eval.store.lock import CellLock
+from vtoken.eval.store.record import FAILURE, RESULT, CellRecord, Failure, Result, read_samples
 
-RESULT, SAMPLES, ANSWERS, FAILURE, PROFILE = (
-    "result.json",
-    "samples.jsonl",
-    "answers.jsonl",
-    "failure.json",
-    "profile.json",
-)
+ANSWERS, PROFILE = "answers.jsonl", "profile.json"
+BATCH = 4  # prompts of a profile: enough that the arithmetic outweighs the overhead, few enough to be quick
 
 
 class Store:
@@ -69,13 +64,25 @@ class Store:
         """The lock of a cell: hold it to write its results."""
         return CellLock(self.root / "locks" / cell)
 
-    def result(self, cell: str) -> dict[str, Any] | None:
-        """The result of a finished cell; None for any other, and for a damaged file."""
-        return read_json(self.path(cell, RESULT))
+    def record(self, cell: str) -> CellRecord | None:
+        """The record of a finished or failed cell; None for any other, and for a damaged file."""
+        return CellRecord.read(self.path(cell, ""))
 
-    def failure(self, cell: str) -> dict[str, Any] | None:
+    def records(self) -> Iterator[CellRecord]:
+        """The records of all finished cells."""
+        for path in self.root.glob(f"cells/*/{RESULT}"):
+            if (found := CellRecord.read_file(path)) is not None:
+                yield found
+
+    def result(self, cell: str) -> Result | None:
+        """The result of a finished cell; None for any other, and for a damaged file."""
+        found = CellRecord.read_file(self.path(cell, RESULT))
+        return found.result if found else None
+
+    def failure(self, cell: str) -> Failure | None:
         """What a failed cell raised."""
-        return read_json(self.path(cell, FAILURE))
+        found = CellRecord.read_file(self.path(cell, FAILURE))
+        return found.failure if found else None
 
     def profile(self, cell: str) -> dict[str, Any] | None:
         """Measured cost of a cell."""
@@ -83,14 +90,12 @@ class Store:
 
     def samples(self, cell: str) -> list[dict[str, Any]]:
         """The documents of a finished cell, in order."""
-        return read_samples(self.path(cell, SAMPLES))
+        return read_samples(self.path(cell, ""))
 
-    def save(self, cell: str, result: dict[str, Any], samples: Iterable[dict[str, Any]]) -> None:
-        """Finish a cell. The result comes last: it vouches for the samples."""
-        lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]
-        write_atomic(self.path(cell, SAMPLES), "".join(lines))
-        write_atomic(self.path(cell, RESULT), dump(result))
-        self._remove_leftovers(cell)
+    def save(self, record: CellRecord, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Finish a cell."""
+        record.write(self.path(record.id, ""), samples)
+        self._remove_leftovers(record.id)
 
     def settle(self, cell: str) -> bool:
         """Whether a cell is finished; then what a runner that died right after that has left behind is removed."""
@@ -113,9 +118,9 @@ class Store:
         for path in self._leftovers(cell):
             path.unlink(missing_ok=True)
 
-    def save_failure(self, cell: str, failure: dict[str, Any]) -> None:
-        """Record what a cell raised."""
-        write_atomic(self.path(cell, FAILURE), dump(failure))
+    def save_failure(self, record: CellRecord) -> None:
+        """Record how a cell failed."""
+        record.write(self.path(record.id, ""))
 
     def save_profile(self, cell: str, profile: dict[str, Any]) -> None:
         """Record what a cell costs."""
@@ -124,38 +129,3 @@ class Store:
     def discard(self, cell: str) -> None:
         """Forget a cell."""
         shutil.rmtree(self.root / "cells" / cell, ignore_errors=True)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if there is none, or a damaged one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The documents of a finished cell, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def dump(data: Any) -> str:
-    """Readable JSON."""
-    return json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write beside the target, then move into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vtoken.budget import Keep
-from vtoken.eval.harness.tasksource import TaskRef
-from vtoken.eval.model.loading import ModelSpec, pin
-from vtoken.eval.provenance import files_digest, foreign_code, versions
+from vtoken.eval.errors import EvalError
+from vtoken.eval.harness.tasksource import LOCAL, TaskRef
+from vtoken.eval.model.loading import ModelSpec, pin, weights_id
+from vtoken.eval.provenance import files_digest, foreign_code, surroundings, versions
+from vtoken.eval.store.record import UNPRUNED, CellRecord, Failure, Identity, ModelIdentity, Recipe, Result
 from vtoken.reducers.base import KeepReducer, Reducer
+from vtoken.registry import get_reducer
 
 UNRESOLVED = "unresolved"
 """Stands for the weights of a model whose config cannot be read, such as one of the hub without network."""
@@ -39,8 +40,10 @@ class Cell:
         What to ask.
     limit : int or None
         How many documents of it.
-    seed, batch_size : int
-        A batch size changes the order of floating-point sums.
+    seed : int or None
+        None stands for all seeds, see `vtoken.eval.store.record.Identity`.
+    batch_size : int
+        It changes the order of floating-point sums.
     """
 
     model: ModelSpec
@@ -49,38 +52,79 @@ class Cell:
     reducer: Reducer | None
     task: TaskRef
     limit: int | None = None
-    seed: int = 0
+    seed: int | None = 0
     batch_size: int = 1
 
-    def config(self) -> dict[str, Any]:
-        """Everything that decides the score, as plain data."""
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """Everything that decides the score."""
         spec = self.model
-        return {
-            "model": {
-                "pretrained": spec.pretrained,
-                "weights": self.weights,
-                "model_type": self.model_type,
-                "dtype": spec.dtype,
-                "attn_implementation": spec.attn_implementation,
-                "device": spec.device_map or spec.target.split(":")[0],
-                "positions": spec.positions,
-                "preprocessing": spec.preprocessing,
-            },
-            "reducer": plain(self.reducer.config()) if self.reducer else None,
-            "reducer_code": foreign_code(self.reducer),
-            "reducer_files": files_digest(self.reducer),
-            "task": self.task.config(),
-            "limit": self.limit,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "versions": versions(),
-        }
+        return Identity(
+            model=ModelIdentity(
+                pretrained=spec.pretrained,
+                weights=self.weights,
+                model_type=self.model_type,
+                dtype=spec.dtype,
+                attn_implementation=spec.attn_implementation,
+                device=spec.device_map or spec.target.split(":")[0],
+                positions=spec.positions,
+                preprocessing=spec.preprocessing,
+            ),
+            reducer=plain(self.reducer.config()) if self.reducer else None,
+            reducer_code=foreign_code(self.reducer),
+            reducer_files=files_digest(self.reducer),
+            task=self.task.identity,
+            limit=self.limit,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            versions=versions(),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """`identity` as plain data."""
+        return self.identity.model_dump()
 
     @functools.cached_property
     def id(self) -> str:
-        """Content hash of `config`."""
-        text = json.dumps(self.config(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Content hash of `identity`."""
+        return self.identity.digest
+
+    def record(self, result: Result | None = None, failure: Failure | None = None) -> CellRecord:
+        """The record of this cell, and of what became of it here."""
+        recipe = Recipe(device=self.model.device, device_map=self.model.device_map, task_folder=self.task.folder)
+        found: dict[str, Any] = {"result": result, "failure": failure, "made_with": surroundings()}
+        return CellRecord(id=self.id, cell=self.identity, recipe=recipe, label=self.label, **found)
+
+    @classmethod
+    def of(cls, record: CellRecord) -> Cell:
+        """The cell that a record tells how to run again, by this code; a model of the hub at the recorded commit.
+
+        Raises
+        ------
+        EvalError, ValueError
+            If there is no such model, its reducer is not known here, or its task was in a folder that an old record
+            does not name.
+        """
+        known, recipe = record.cell, record.recipe
+        if known.task.version == LOCAL and not recipe.task_folder:
+            raise EvalError(
+                f"The record of cell {record.id} does not say in which folder its task {known.task.name!r} is defined, "
+                "as older versions of vtoken did not: run it anew."
+            )
+        model = known.model.model_dump(exclude={"weights", "model_type", "device"})
+        spec = ModelSpec(**model, device=recipe.device, device_map=recipe.device_map)
+        if spec.kind == "hub":
+            spec = dataclasses.replace(spec, revision=known.model.weights)
+        return cls(
+            model=spec,
+            weights=known.model.weights,
+            model_type=known.model.model_type,
+            reducer=None if known.reducer is None else get_reducer(dict(known.reducer)),
+            task=TaskRef(**known.task.model_dump(), folder=recipe.task_folder),
+            limit=known.limit,
+            seed=known.seed,
+            batch_size=known.batch_size,
+        )
 
     @property
     def label(self) -> str:
@@ -91,6 +135,19 @@ class Cell:
     def keep(self) -> Keep | None:
         """The budget, where the reducer has one."""
         return getattr(self.reducer, "keep", None)
+
+
+def check_weights(cell: Cell) -> None:
+    """Make sure that the model of a recorded cell is still what it was; one of the hub is loaded at its commit.
+
+    Raises
+    ------
+    EvalError
+        If its files have changed.
+    """
+    if cell.model.kind != "hub" and weights_id(cell.model) != cell.weights:
+        name = cell.model.pretrained
+        raise EvalError(f"The weights of {name!r} are no longer those of the results: restore them, or run it anew.")
 
 
 def plain(value: Any) -> Any:
@@ -104,13 +161,13 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def label(reducer: Reducer | None, seed: int = 0) -> str:
+def label(reducer: Reducer | None, seed: int | None = 0) -> str:
     """See `Cell.label`."""
     if reducer is None:
-        return "unpruned"
+        return UNPRUNED
     if stages := getattr(reducer, "reducers", None):
         return " > ".join(f"{label(stage, seed)} {getattr(stage, 'keep', '')}".strip() for stage in stages)
-    usual = {"keep": getattr(reducer, "keep", None), "seed": seed}
+    usual = {"keep": getattr(reducer, "keep", None)} | ({} if seed is None else {"seed": seed})
     changed = [
         str(value) if isinstance(value, str) else f"{field.name}={value}"
         for field in dataclasses.fields(reducer)
@@ -133,6 +190,7 @@ def grid(
     *,
     limit: int | None = None,
     seed: int = 0,
+    free: Collection[Reducer | None] = (),
     batch_size: int = 1,
     pin: Callable[[ModelSpec], tuple[str, str]] = pin,
 ) -> list[Cell]:
@@ -144,6 +202,8 @@ def grid(
         What to combine.
     limit, seed, batch_size
         See `Cell`.
+    free : collection of Reducer or None
+        Those that no seed changes: their cells of tasks that do not draw stand for all seeds.
     pin : callable
         Gives weights and type of a model, see `vtoken.eval.model.loading.pin`.
     """
@@ -151,5 +211,7 @@ def grid(
     for spec in models:
         weights, kind = pin(spec)
         for task in tasks:
-            cells += [Cell(spec, weights, kind, r, task, limit, seed, batch_size) for r in reducers]
+            for reducer in reducers:
+                its_seed = None if reducer in free and not task.draws else seed
+                cells.append(Cell(spec, weights, kind, reducer, task, limit, its_seed, batch_size))
     return list({cell.id: cell for cell in cells}.values())

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -13,7 +12,7 @@ from vtoken.eval.errors import EvalError
 from vtoken.eval.model.loading import ModelSpec, pin
 from vtoken.eval.running.attempt import failure_of
 from vtoken.eval.running.listener import Listener
-from vtoken.eval.store.results import RESULT, Store
+from vtoken.eval.store.results import Store
 from vtoken.eval.sweeps.cells import UNRESOLVED, Cell
 
 
@@ -61,8 +60,8 @@ def fail_unresolved(
         if cell.model not in problems:
             store.discard(dataclasses.replace(cell, weights=UNRESOLVED, model_type="").id)
             continue
-        failure = failure_of(cell, problems[cell.model])
-        store.save_failure(cell.id, failure)
+        failure = failure_of(problems[cell.model])
+        store.save_failure(cell.record(failure=failure))
         listener.failed(cell, failure)
         failed.append(cell)
     return failed
@@ -95,13 +94,14 @@ def estimate(cells: Sequence[Cell], store: Store | None) -> tuple[float, list[Ce
     """
     seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)
     documents: dict[str, int] = defaultdict(int)
-    for path in store.root.glob(f"cells/*/{RESULT}") if store else ():
-        result = json.loads(path.read_text(encoding="utf-8"))
-        model, task = result["cell"]["model"]["pretrained"], result["cell"]["task"]["name"]
+    for found in store.records() if store else ():
+        result, model, task = found.result, found.cell.model.pretrained, found.cell.task.name
+        if result is None or not result.documents:
+            continue
         for key in ((model, task), (model,)):
-            seconds[key].append(result["seconds"] / result["documents"])
-        if result["cell"]["limit"] is None:
-            documents[task] = result["documents"]
+            seconds[key].append(result.seconds / result.documents)
+        if found.cell.limit is None:
+            documents[task] = result.documents
     total, unknown = 0.0, []
     for cell in cells:
         model, task = cell.model.pretrained, cell.task.name

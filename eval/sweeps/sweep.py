@@ -15,6 +15,7 @@ from vtoken.eval.errors import EvalError, unknown
 from vtoken.eval.harness.tasksource import TaskRef
 from vtoken.eval.model.loading import ModelSpec, pin
 from vtoken.eval.model.preprocessing import PRESETS
+from vtoken.eval.provenance import foreign_code
 from vtoken.eval.sweeps.cells import Cell, grid
 from vtoken.eval.sweeps.entries import ExecutorEntry, ModelEntry, TaskEntry, with_preprocessing
 from vtoken.eval.sweeps.points import expand, points
@@ -43,7 +44,7 @@ class Sweep(BaseModel):
     limit : int, optional
         Documents per task; all by default.
     seeds : list of int
-        Of lmms-eval and of reducers that draw at random: the whole grid is run for each.
+        Of lmms-eval and of reducers that draw at random: what a seed can change is run for each, the rest once.
     batch_size : int
         Prompts per forward pass.
     preprocessing : str
@@ -52,6 +53,8 @@ class Sweep(BaseModel):
         A name, or a mapping with the key ``name`` and options, see `vtoken.eval.executors`.
     empty_limit : float, optional
         Share of empty answers above which a cell fails; the executor's default otherwise.
+    skip_broken : int, optional
+        Documents that cannot be read which a cell may leave out; the executor's default otherwise.
     out : str, optional
         Results folder.
     """
@@ -68,6 +71,7 @@ class Sweep(BaseModel):
     preprocessing: str = PRESETS[0]
     executor: ExecutorEntry = ExecutorEntry()
     empty_limit: float | None = Field(default=None, ge=0, le=1)
+    skip_broken: int | None = Field(default=None, ge=0)
     out: str | None = None
     _where: str = PrivateAttr(default="")
 
@@ -109,9 +113,14 @@ class Sweep(BaseModel):
             for task, limit in tasks:
                 for seed in self.seeds:
                     options: dict[str, Any] = {"limit": limit, "seed": seed, "batch_size": self.batch_size}
-                    found = grid([spec], [task], self.points(seed), pin=pin, **options)
+                    found = grid([spec], [task], self.points(seed), free=self._free(seed), pin=pin, **options)
                     cells.update({cell.id: cell for cell in found})
         return list(cells.values())
+
+    def _free(self, seed: int) -> set[Reducer | None]:
+        """The reducers that another seed would not change."""
+        pairs = zip(self.points(seed), self.points(seed + 1), strict=True)
+        return {mine for mine, other in pairs if mine == other and not foreign_code(mine)}
 
     def _tasks(self) -> list[tuple[TaskRef, int | None]]:
         found: dict[TaskRef, int | None] = {}

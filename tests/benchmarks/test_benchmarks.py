@@ -233,16 +233,15 @@ def test_weights_of_a_training_are_measured_beside_the_shipped_ones(script, tmp_
 @pytest.fixture
 def runs():
     """80 questions on 40 pictures: `dart` knows all, `fastv` half of the pictures, `random` none."""
-    from vtoken.eval.comparison.runs import Run
+    from finished import made_up_run
 
     def run(reducer, right, task="t"):
-        config = {"model": {"pretrained": "m"}, "reducer": {"keep": 0.1}, "task": {"name": task}}
         tokens = {"visual_tokens": 100, "visual_per_layer": 10, "evidence_recall": 0.5}
         samples = [
             {"doc_id": i, "cluster": str(i // 2), "score": float(i // 2 < right), "answer": "a", "tokens": tokens}
             for i in range(80)
         ]
-        return Run(f"{reducer}{task}", config, reducer, samples=samples)
+        return made_up_run(reducer, samples, task=task, keep=0.1)
 
     return {("m", name, 0.1): [run(name, right)] for name, right in (("random", 0), ("fastv", 20), ("dart", 40))}, run
 

@@ -83,7 +83,7 @@ def test_a_failing_cell_is_marked_and_fails_the_command(compare, monkeypatch):
     monkeypatch.setattr(vtoken.Uniform, "select", crash)
     done = compare("-r", "random,uniform")
     assert done.exit_code == 1
-    assert "uniform 0.25 on mini failed: shapes [1, 2] do not match\n" in done.stdout
+    assert "uniform 0.25 on mini failed: documents 0 to 3 of task 'mini': shapes [1, 2] do not match\n" in done.stdout
     assert re.search(r"uniform +0.25 +failed", done.stdout)
     assert re.search(r"random +0.25 +0\.0", done.stdout)
     monkeypatch.undo()

@@ -12,7 +12,20 @@ from typing import Annotated
 import typer
 
 import vtoken
-from vtoken.cli import catalogue, compare, demo, doctor, profile, report, show, sweep, tasks, train_gate, train_scorer
+from vtoken.cli import (
+    catalogue,
+    compare,
+    demo,
+    doctor,
+    profile,
+    report,
+    rerun,
+    show,
+    sweep,
+    tasks,
+    train_gate,
+    train_scorer,
+)
 
 app = typer.Typer(
     name="vtoken",
@@ -23,6 +36,7 @@ app.command("list")(catalogue.list_command)
 app.command("compare")(compare.compare_command)
 app.command("sweep")(sweep.sweep_command)
 app.command("report")(report.report_command)
+app.command("rerun")(rerun.rerun_command)
 app.command("show")(show.show_command)
 app.command("demo")(demo.demo_command)
 app.command("profile")(profile.profile_command)

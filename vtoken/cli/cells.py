@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vtoken.eval.errors import EvalError
     from vtoken.eval.executors import Executor
     from vtoken.eval.model.loading import ModelSpec
+    from vtoken.eval.report.columns import Column
     from vtoken.eval.store.results import Store
     from vtoken.eval.sweeps.cells import Cell
 
@@ -96,24 +97,25 @@ def _run(
     return [*failed, *unmeasured]
 
 
-def show_cells(cells: Sequence[Cell], store: Store, sweep: Mapping[str, Any]) -> None:
-    """Print the table of finished and failed cells and write the reports beside them."""
+def show_cells(cells: Sequence[Cell], store: Store, sweep: Mapping[str, Any], *, by_seed: bool = False) -> None:
+    """Print the table of finished and failed cells, a row a reducer or a seed, and write the reports beside them."""
     from vtoken.eval.comparison.runs import runs_of
+    from vtoken.eval.comparison.seeds import over_seeds
     from vtoken.eval.comparison.summary import rows_of
+    from vtoken.eval.report.columns import legend
     from vtoken.eval.report.page import CAVEAT, write_reports
     from vtoken.eval.report.published import LEGEND as PUBLISHED_LEGEND
     from vtoken.eval.report.published import beside_table
-    from vtoken.eval.report.render import LEGEND, failures
-    from vtoken.eval.running.cost import BATCH
+    from vtoken.eval.report.render import failures
 
     runs = runs_of(cells, store)
-    rows = rows_of(runs)
+    rows = rows_of(runs if by_seed else over_seeds(runs))
     files = write_reports(rows, store.root, sweep, runs)
     console = out()
     console.print(build_table(rows, console))
     for line in failures(rows):
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
-    console.print(LEGEND.format(batch=BATCH), style="dim", highlight=False)
+    console.print(legend(rows), style="dim", highlight=False, markup=False)
     if lines := beside_table(rows):
         console.print(_beside(lines))
         console.print(PUBLISHED_LEGEND, style="dim", highlight=False)
@@ -136,26 +138,25 @@ def _beside(lines: Sequence[Sequence[str]]) -> Table:
 
 def build_table(rows: Sequence[Row], console: Console) -> Table:
     """The table, in the wide form if that fits."""
-    from vtoken.eval.report.render import layouts
+    from vtoken.eval.report.columns import shown
 
-    full, narrow = layouts(rows)
-    wide = _columns_table(rows, full)
+    wide = _columns_table(rows, shown(rows))
     needed = console.measure(wide, options=console.options.update(max_width=1000)).maximum
-    return wide if needed <= console.width else _columns_table(rows, narrow)
+    return wide if needed <= console.width else _columns_table(rows, shown(rows, narrow=True))
 
 
-def _columns_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> Table:
-    from vtoken.eval.report.render import place_columns
+def _columns_table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+    from vtoken.eval.report.columns import lines_of
 
-    places, questions = place_columns(rows), max((row.documents for row in rows), default=0)
+    questions = max((row.documents for row in rows), default=0)
     title = ", ".join(dict.fromkeys(f"{row.model} on {row.task}" for row in rows)) + f", {questions} questions"
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in (*places, *columns):
-        left = name in (*places, "reducer") or name.startswith("accuracy")
-        table.add_column(escape(name), justify="left" if left else "right", no_wrap=name not in (*places, "reducer"))
-    for before, row in zip((None, *rows), rows, strict=False):
+    for column in columns:
+        table.add_column(
+            escape(column.title), justify="left" if column.is_name else "right", no_wrap=not column.is_name
+        )
+    for before, row, cells in zip((None, *rows), rows, lines_of(columns, rows), strict=False):
         if before is not None and before.reducer != row.reducer:
             table.add_section()
-        cells = [*(str(getattr(row, place)) for place in places), *(column(row) for column in columns.values())]
         table.add_row(*map(escape, cells))
     return table

@@ -39,6 +39,9 @@ def compare_command(
     quick: Annotated[bool, typer.Option("--quick", help="Few questions, one keep ratio: seconds.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Every reducer at two keep ratios: some ten minutes.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    skip_broken: Annotated[
+        int | None, typer.Option(help="Unreadable documents that a cell may leave out; 0 by default.")
+    ] = None,
     target: Annotated[
         Path | None, typer.Option("--out", help=f"Results folder, {FOLDER}; with RESULTS the file for the table.")
     ] = None,
@@ -46,6 +49,9 @@ def compare_command(
         str | None, typer.Option(help="With RESULTS: what all are compared with, the first by default.")
     ] = None,
     form: Annotated[Format | None, typer.Option("--format", help="With RESULTS; table by default.")] = None,
+    by_seed: Annotated[
+        bool, typer.Option("--by-seed", help="With RESULTS: a row for every seed instead of one over all.")
+    ] = False,
 ) -> None:
     """Compare reducers; without arguments, on the embedded model and its tasks.
 
@@ -58,19 +64,24 @@ def compare_command(
         "keep": items(keep),
         "limit": limit,
         "batch_size": batch_size,
+        "skip_broken": skip_broken,
     }
     with sentences():
         if results:
             _nothing_else({**overrides, "quick": quick or None, "all": every or None, "fresh": fresh or None})
-            return compare_finished(results, baseline, form or Format.TABLE, target, FOLDER)
-        if baseline or form:
-            given = "--baseline" if baseline else "--format"
+            return compare_finished(results, baseline, form or Format.TABLE, target, FOLDER, by_seed=by_seed)
+        if baseline or form or by_seed:
+            given = "--baseline" if baseline else "--format" if form else "--by-seed"
             raise ValueError(f"{given} is for finished results: name them, as in vtoken compare {FOLDER}.")
         if quick and every:
             raise ValueError("--quick and --all are two different sets of reducers: give one of them.")
+        from vtoken.eval.executors import get_executor
+
         name = "quick" if quick else "all" if every else "compare"
         sweep, cells, store = _prepare(overrides, name, target or FOLDER)
-    run_cells(cells, store, fresh=fresh, show=lambda: show_cells(cells, store, sweep.model_dump(mode="json")))
+        worker = get_executor("local", skip_broken=sweep.skip_broken or 0)
+    show = lambda: show_cells(cells, store, sweep.model_dump(mode="json"))  # noqa: E731
+    run_cells(cells, store, fresh=fresh, show=show, executor=worker)
 
 
 def _nothing_else(options: dict[str, Any]) -> None:

@@ -28,24 +28,26 @@ class Format(StrEnum):
 
 
 def compare_finished(
-    names: Sequence[str], baseline: str | None, form: Format, file: Path | None, searched: Path
+    names: Sequence[str], baseline: str | None, form: Format, file: Path | None, searched: Path, *, by_seed: bool
 ) -> None:
     """Print or write the table.
 
     Parameters
     ----------
-    names, baseline, searched
+    names, baseline, searched, by_seed
         See `read_rows`.
     form : Format
         What to write.
     file : Path, optional
         Where to, instead of the terminal.
     """
-    rows, remarks = read_rows(names, baseline, searched)
+    rows, remarks = read_rows(names, baseline, searched, by_seed=by_seed)
     _write(rows, form, file, remarks)
 
 
-def read_rows(names: Sequence[str], baseline: str | None, searched: Path) -> tuple[list[Row], list[str]]:
+def read_rows(
+    names: Sequence[str], baseline: str | None, searched: Path, *, by_seed: bool = False
+) -> tuple[list[Row], list[str]]:
     """All runs as rows, those of the reference first, and what cannot be compared, as sentences.
 
     Parameters
@@ -56,12 +58,15 @@ def read_rows(names: Sequence[str], baseline: str | None, searched: Path) -> tup
         Another of these that all are compared with; the first of several by default.
     searched : Path
         Where ids of cells are looked for, besides the named folders.
+    by_seed : bool
+        A row for every seed instead of one over all.
 
     Raises
     ------
     EvalError
         If something is not there or cannot be compared.
     """
+    from vtoken.eval.comparison.seeds import over_seeds
     from vtoken.eval.comparison.summary import rows_of
 
     given = dict.fromkeys(name for name in (baseline, *names) if name is not None)
@@ -72,6 +77,8 @@ def read_rows(names: Sequence[str], baseline: str | None, searched: Path) -> tup
         sources = {
             source: [dataclasses.replace(run, source=source) for run in runs] for source, runs in sources.items()
         }
+    if not by_seed:
+        sources = {source: over_seeds(runs) for source, runs in sources.items()}
     references, remarks = _references(sources)
     return rows_of([run for runs in sources.values() for run in runs], references), remarks
 
@@ -115,7 +122,7 @@ def _list(names: Iterable[str]) -> str:
 
 def _twin(run: Run, others: Sequence[Run]) -> Run | None:
     """The same reducer at the same budget on the same task; else the only run of the task, else the unpruned one."""
-    from vtoken.eval.comparison.runs import UNPRUNED
+    from vtoken.eval.store.record import UNPRUNED
 
     same_task = [other for other in others if other.task == run.task and other.samples]
     same_model = [other for other in same_task if other.model == run.model] or same_task
@@ -125,16 +132,16 @@ def _twin(run: Run, others: Sequence[Run]) -> Run | None:
 
 
 def _write(rows: Sequence[Row], form: Format, file: Path | None, remarks: Sequence[str]) -> None:
+    from vtoken.eval.report.columns import legend
     from vtoken.eval.report.page import write_file
-    from vtoken.eval.report.render import failures, legend, notes
-    from vtoken.eval.running.cost import BATCH
+    from vtoken.eval.report.render import failures, notes
 
     console = out()
     if form is Format.TABLE and file is None:
         console.print(build_table(rows, console))
         for line in [*failures(rows), *notes(rows), *remarks]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        console.print(legend(rows).format(batch=BATCH), style="dim", highlight=False)
+        console.print(legend(rows), style="dim", highlight=False, markup=False)
     elif file is None:
         console.print(_text(rows, form), end="", markup=False, highlight=False, soft_wrap=True)
     else:
@@ -146,8 +153,8 @@ def _text(rows: Sequence[Row], form: Format) -> str:
     from rich.console import Console
 
     from vtoken.cli.console import PIPE_WIDTH
+    from vtoken.eval.report.columns import lines_of, shown
     from vtoken.eval.report.export import as_csv, as_latex, as_markdown
-    from vtoken.eval.report.render import TEXT, layouts, place_columns
 
     if form is Format.CSV:
         return as_csv(rows)
@@ -156,9 +163,7 @@ def _text(rows: Sequence[Row], form: Format) -> str:
         with plain.capture() as captured:
             plain.print(build_table(rows, plain))
         return captured.get()
-    places, columns = place_columns(rows), layouts(rows)[0]
-    lines = [
-        [*(str(getattr(row, place)) for place in places), *(cell(row) for cell in columns.values())] for row in rows
-    ]
+    columns = shown(rows)
+    lines = [[cell.strip() for cell in line] for line in lines_of(columns, rows)]
     write = as_markdown if form is Format.MARKDOWN else as_latex
-    return write([*places, *columns], [[cell.strip() for cell in line] for line in lines], TEXT)
+    return write([column.title for column in columns], lines, [column.is_name for column in columns])

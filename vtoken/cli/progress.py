@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +19,7 @@ from rich.progress import (
 
 from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.running.listener import Listener
+from vtoken.eval.store.record import Failure, Result
 from vtoken.eval.sweeps.cells import Cell
 
 
@@ -64,19 +64,19 @@ class CellProgress(Listener):
         """See `Listener`."""
         self.bars.advance(self.questions[cell.id], count)
 
-    def finished(self, cell: Cell, result: dict[str, Any]) -> None:
+    def finished(self, cell: Cell, result: Result) -> None:
         """See `Listener`."""
-        score = result["metrics"].get(f"{result['metric']},none")
+        score = result.metrics.get(f"{result.metric},none")
         shown = "" if score is None else f"{100 * score:.1f} %, "
-        self._line(cell, f"{shown}{result['seconds']:.1f} s")
+        self._line(cell, f"{shown}{result.seconds:.1f} s")
 
     def skipped(self, cell: Cell) -> None:
         """See `Listener`."""
         self._line(cell, "finished by another runner")
 
-    def failed(self, cell: Cell, failure: dict[str, Any]) -> None:
+    def failed(self, cell: Cell, failure: Failure) -> None:
         """See `Listener`."""
-        self._line(cell, f"FAILED: {(failure['error'].splitlines() or ['unknown error'])[0]}")
+        self._line(cell, f"FAILED: {(failure.error.splitlines() or ['unknown error'])[0]}")
 
     def waiting(self, cells: Sequence[Cell]) -> None:
         """See `Listener`."""

@@ -20,12 +20,14 @@ def report_command(
     pictures: Annotated[
         int, typer.Option(min=0, help="Worst regressions to draw; loads their models. 0 draws none.")
     ] = 4,
+    by_seed: Annotated[bool, typer.Option("--by-seed", help="A row for every seed instead of one over all.")] = False,
 ) -> None:
     """Write a page with plots, tables, the worst regressions as pictures, and where the results come from."""
     with sentences():
         from transformers.utils.logging import disable_progress_bar
 
         from vtoken.eval.comparison.runs import read_runs
+        from vtoken.eval.comparison.seeds import over_seeds
         from vtoken.eval.comparison.summary import rows_of
         from vtoken.eval.report.page import render_html, write_file
         from vtoken.eval.report.pictures import draw_regressions
@@ -33,7 +35,8 @@ def report_command(
         runs = read_runs(folder)
         disable_progress_bar()  # of loading weights
         drawn, remarks = draw_regressions(runs, pictures, _announce)
-        page = render_html(rows_of(runs), _settings(folder), runs, drawn, remarks)
+        rows = rows_of(runs if by_seed else over_seeds(runs))
+        page = render_html(rows, _settings(folder), runs, drawn, remarks)
         written = write_file(file or folder / "report.html", page)
     for remark in remarks:
         err().print(remark, markup=False, highlight=False, soft_wrap=True)
@@ -48,7 +51,7 @@ def _announce(regression: Regression) -> None:
 def _settings(folder: Path) -> dict[str, Any]:
     """What the command that made the results was told, where it says so."""
     from vtoken.eval.comparison.runs import TABLE
-    from vtoken.eval.store.results import read_json
+    from vtoken.eval.store.files import read_json
 
     found = (read_json(folder / TABLE) or {}).get("settings")
     return found if isinstance(found, dict) else {}

@@ -37,6 +37,10 @@ def sweep_command(
         Path | None, typer.Option("--out", help="Results folder; by default the file's, or vtoken-results/NAME.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    skip_broken: Annotated[
+        int | None, typer.Option(help="Unreadable documents that a cell may leave out; 0 by default.")
+    ] = None,
+    by_seed: Annotated[bool, typer.Option("--by-seed", help="A row for every seed instead of one over all.")] = False,
 ) -> None:
     """Run the sweep of a YAML file; stop it, run it again, and it goes on."""
     with sentences():
@@ -47,7 +51,7 @@ def sweep_command(
 
         require()
         path = _find(file)
-        sweep = load_sweep(path, {"limit": limit}).limited(limit)
+        sweep = load_sweep(path, {"limit": limit, "skip_broken": skip_broken}).limited(limit)
         worker = _executor(sweep, executor or sweep.executor.name, address)
         pins = Pins(offline=dry_run)
         cells = sweep.cells(pins)
@@ -58,7 +62,7 @@ def sweep_command(
             raise next(iter(pins.problems.values()))
         store = Store(root)
     settings = sweep.model_dump(mode="json", exclude_defaults=True)
-    show = lambda: show_cells(cells, store, settings)  # noqa: E731
+    show = lambda: show_cells(cells, store, settings, by_seed=by_seed)  # noqa: E731
     run_cells(cells, store, fresh=fresh, show=show, executor=worker, unresolved=pins.problems)
 
 
@@ -73,7 +77,7 @@ def _executor(sweep: Sweep, name: str, address: str | None) -> Executor:
     from vtoken.eval.executors import get_executor
 
     options = sweep.executor.options if name == sweep.executor.name else {}
-    given = {"address": address, "empty_limit": sweep.empty_limit}
+    given = {"address": address, "empty_limit": sweep.empty_limit, "skip_broken": sweep.skip_broken}
     return get_executor(name, **options, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -107,5 +111,6 @@ def _plan_table(cells: Sequence[Cell], found: Sequence[str], problems: Mapping[M
     for cell, state in zip(cells, found, strict=True):
         keep = "" if cell.keep is None else f"{cell.keep:g}"
         shown = f"{state}, not resolved" if cell.model in problems else state
-        table.add_row(*map(escape, (cell.model.pretrained, cell.task.name, cell.label, keep, str(cell.seed), shown)))
+        seed = "any" if cell.seed is None else str(cell.seed)
+        table.add_row(*map(escape, (cell.model.pretrained, cell.task.name, cell.label, keep, seed, shown)))
     return table

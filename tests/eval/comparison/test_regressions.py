@@ -4,17 +4,15 @@
 import numpy as np
 import pytest
 import torch
-from finished import save_run
+from finished import made_up_run, save_run
 from PIL import Image
 
 import vtoken
 from vtoken.drawing import BEFORE, INSIDE, LONG_EDGE, shade
 from vtoken.eval.comparison.regressions import worst_regressions
-from vtoken.eval.comparison.runs import Run, runs_of
+from vtoken.eval.comparison.runs import runs_of
 from vtoken.eval.report.pictures import draw_regressions
 from vtoken.eval.store.results import Store
-
-CONFIG = {"model": {"pretrained": "m"}, "task": {"name": "t"}, "reducer": {"reducer": "x", "keep": 0.5}}
 
 
 def run(reducer, scores, tokens=10):
@@ -28,7 +26,7 @@ def run(reducer, scores, tokens=10):
         }
         for i, score in enumerate(scores)
     ]
-    return Run(reducer, CONFIG, reducer, samples=samples)
+    return made_up_run(reducer, samples)
 
 
 def shown(runs, count):
@@ -76,7 +74,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path, make_cell, monkeypatch):
     store, cells = Store(tmp_path), [make_cell(), make_cell("fopru", keep=36)]
     for cell, rate in zip(cells, (1.0, 0.5), strict=True):
         save_run(store, cell, rate, count=8)
-    monkeypatch.setattr("vtoken.eval.model.loading.weights_id", lambda spec: "other")
+    monkeypatch.setattr("vtoken.eval.sweeps.cells.weights_id", lambda spec: "other")
     pictures, remarks = draw_regressions(runs_of(cells, store), 2)
     assert pictures == []
     assert len(remarks) == 1

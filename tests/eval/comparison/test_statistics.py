@@ -183,3 +183,9 @@ def test_clusters_widen_the_interval():
     scores, _ = pictures(np.random.default_rng(9))
     wide, narrow = accuracy(scores, NAMES), accuracy(scores)
     assert wide.high - wide.low > 1.15 * (narrow.high - narrow.low)
+
+
+def test_a_single_difference_proves_nothing():
+    """One picture whose questions moved together, or one partial score: both signs are as likely."""
+    assert paired([1, 1, 0.5, 0], [1, 1, 0, 0]).p_value == 1.0
+    assert paired([1, 1, 0, 0], [0, 0, 0, 0], ["a", "a", "b", "c"]).p_value == 1.0

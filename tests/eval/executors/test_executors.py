@@ -13,6 +13,7 @@ import pytest
 from vtoken.eval.errors import EvalError, MissingExtraError
 from vtoken.eval.executors import get_executor, names, options
 from vtoken.eval.executors.team import share
+from vtoken.eval.model.loaded import LoadedModel
 from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.running.listener import Listener
 from vtoken.eval.store.results import Store
@@ -56,12 +57,12 @@ def expected(cells, tmp_path):
 
 
 def contents(cells, store):
-    return [(store.result(cell.id)["metrics"], store.samples(cell.id)) for cell in cells]
+    return [(store.result(cell.id).metrics, store.samples(cell.id)) for cell in cells]
 
 
 def test_names_and_options():
     assert names() == ["local", "accelerate", "ray"]
-    assert options("local") == ["empty_limit"]
+    assert options("local") == ["empty_limit", "skip_broken"]
     assert {"address", "workers", "gpus_per_worker", "cpus_per_worker", "retries"} < set(options("ray"))
 
 
@@ -72,6 +73,7 @@ def test_names_and_options():
         ("ray", {"worker": 2}, "Unknown ray executor option 'worker': did you mean 'workers'?"),
         ("local", {"empty_limit": 2}, "empty_limit=2 is not possible"),
         ("local", {"empty_limit": "no"}, "empty_limit='no' is not possible"),
+        ("local", {"skip_broken": -1}, "skip_broken=-1 is not possible"),
         ("accelerate", {"processes": 0}, "processes=0 is not possible"),
         ("ray", {"workers": 1.5}, "workers=1.5 is not possible"),
         ("ray", {"retries": -1}, "retries=-1 is not possible"),
@@ -93,9 +95,8 @@ def test_ray_is_an_extra(monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_shares_are_whole_batches_that_add_up(size):
-    batches = [[0, 2], [4, 6], [8], [1, 3], [5, 7]]
-    model = SimpleNamespace(batches=lambda requests: iter(batches))
-    shares = [share(model, range(9), rank, size) for rank in range(size)]
+    questions = [SimpleNamespace(kind="ab"[i % 2], number=i) for i in range(9)]
+    shares = [[found.number for found in share(questions, 2, rank, size)] for rank in range(size)]
     assert sorted(number for part in shares for number in part) == list(range(9))
     assert shares[0][:2] == [0, 2]
     assert max(map(len, shares)) - min(map(len, shares)) <= 3
@@ -108,13 +109,11 @@ def test_data_parallel_refuses_a_model_spread_over_devices(make_cell, tmp_path):
 
 
 def test_data_parallel_gives_the_result_of_one_process(cells, expected, tmp_path, monkeypatch):
-    from vtoken.eval.model.reduced import ReducedModel
-
-    here, answer = [], ReducedModel.answer
+    here, generate = [], LoadedModel.generate
 
     def counted(model, conversations, *rest):
         here.append(len(conversations))
-        return answer(model, conversations, *rest)
+        return generate(model, conversations, *rest)
 
     class Killer(Log):
         """Kills the second process in the last cell."""
@@ -125,7 +124,7 @@ def test_data_parallel_gives_the_result_of_one_process(cells, expected, tmp_path
                 for process in multiprocessing.active_children():
                     os.kill(process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(ReducedModel, "answer", counted)
+    monkeypatch.setattr(LoadedModel, "generate", counted)
     log, store = Killer(), Store(tmp_path / "parallel")
     outcome = get_executor("accelerate", processes=2).run(cells, store, log)
     assert outcome.finished == cells
@@ -182,8 +181,8 @@ def test_ray_survives_a_killed_worker(cells, expected, make_cell, checkpoint, tm
     assert len(log.ended) == len(cells) + 2
     assert {log.counts[cell.id] for cell in cells} == {21}
     assert any("worker was lost" in text for text in log.troubles)
-    assert "Traceback" in store.failure(raising.id)["traceback"]
-    assert "cannot be loaded" in store.failure(unloadable.id)["error"]
+    assert "Traceback" in store.failure(raising.id).traceback
+    assert "cannot be loaded" in store.failure(unloadable.id).error
 
     again = executor.run(cells, store, log)
     assert (again.skipped, again.finished) == (cells, [])

@@ -7,9 +7,11 @@ import pytest
 
 from vtoken.eval.errors import EvalError
 from vtoken.eval.harness.scores import flatten, main_metric
+from vtoken.eval.model.questions import Answer
 
 TASK = SimpleNamespace(config=SimpleNamespace(task="t", metric_list=[{"metric": "exact_match"}, {"metric": "f1"}]))
 SAMPLE = {"doc_id": 3, "doc": {"kind": "color", "scene": 7}, "target": "red", "resps": [["Red"]]}
+NOTED = Answer("Red", {"visual_kept": 36, "evidence_recall": None}, prompt="cd", picture="ab")
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ SAMPLE = {"doc_id": 3, "doc": {"kind": "color", "scene": 7}, "target": "red", "r
 def test_reads_the_shapes_that_lmms_eval_logs(value, score):
     sample = {**SAMPLE, "exact_match": value}
     assert main_metric(sample, TASK) == "exact_match"
-    assert flatten(sample, "exact_match")["score"] == score
+    assert flatten(sample, "exact_match", NOTED)["score"] == score
 
 
 def test_takes_the_first_declared_metric_that_is_there():
@@ -36,9 +38,7 @@ def test_takes_the_first_declared_metric_that_is_there():
 
 
 def test_keeps_what_groups_samples_and_their_tokens():
-    counts = {"visual_kept": 36, "picture": "ab", "prompt": "cd"}
-    sample = {**SAMPLE, "exact_match": 1.0, "token_counts": [counts]}
-    assert flatten(sample, "exact_match") == {
+    assert flatten({**SAMPLE, "exact_match": 1.0}, "exact_match", NOTED) == {
         "doc_id": 3,
         "kind": "color",
         "cluster": "7",
@@ -51,9 +51,9 @@ def test_keeps_what_groups_samples_and_their_tokens():
 
 
 def test_pixels_group_samples_whose_documents_name_no_picture():
-    sample = {**SAMPLE, "doc": {}, "exact_match": 1.0, "token_counts": [{"picture": "ab"}]}
-    assert flatten(sample, "exact_match")["cluster"] == "ab"
-    assert flatten({**sample, "token_counts": [None]}, "exact_match")["cluster"] == ""
+    sample = {**SAMPLE, "doc": {}, "exact_match": 1.0}
+    assert flatten(sample, "exact_match", NOTED)["cluster"] == "ab"
+    assert flatten(sample, "exact_match", Answer("", {}))["cluster"] == ""
 
 
 def test_a_task_without_scores_is_an_error():
@@ -64,9 +64,9 @@ def test_a_task_without_scores_is_an_error():
 def test_a_failed_request_is_no_wrong_answer():
     sample = {**SAMPLE, "exact_match": 0.0, "resps": [["[LMMS_EVAL_REQUEST_FAILED after 5 retries] down"]]}
     with pytest.raises(EvalError, match="did not answer document 3"):
-        flatten(sample, "exact_match")
+        flatten(sample, "exact_match", NOTED)
 
 
 def test_a_missing_score_is_an_error():
     with pytest.raises(EvalError, match="no score"):
-        flatten({**SAMPLE, "exact_match": None}, "exact_match")
+        flatten({**SAMPLE, "exact_match": None}, "exact_match", NOTED)

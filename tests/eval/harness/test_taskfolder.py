@@ -22,7 +22,7 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place(folder, tmp_path):
     (before,) = folder_tasks(str(folder), ["colors"])
     moved = folder.rename(tmp_path / "moved")
     (same,) = folder_tasks(str(moved), ["colors"])
-    assert same.config() == before.config()
+    assert same.identity == before.identity
     (moved / "utils.py").write_text((moved / "utils.py").read_text() + "\n")
     (other,) = folder_tasks(str(moved), ["colors"])
     assert other.fingerprint != before.fingerprint

@@ -13,9 +13,11 @@ import pytest
 
 from vtoken.eval.harness import driver
 from vtoken.eval.harness.tasksource import load_task, resolve_tasks
+from vtoken.eval.model.loaded import LoadedModel
 from vtoken.eval.model.loading import ModelSpec, model_type, weights_id
 from vtoken.eval.running.runner import Runner
-from vtoken.eval.store.results import RESULT, SAMPLES, Store
+from vtoken.eval.store.record import RESULT, SAMPLES
+from vtoken.eval.store.results import Store
 from vtoken.eval.sweeps.cells import Cell
 from vtoken.eval.sweeps.sweep import Sweep
 
@@ -160,7 +162,7 @@ def test_a_document_may_have_only_one_of_the_metrics(cells, store):
     """MME logs perception or cognition, never both: a score that one document lacks is not missing."""
     cell = cells()["own_greedy"]
     (result,) = run(store, cell)
-    assert result["documents"] == 6
+    assert result.documents == 6
     assert {sample["score"] for sample in store.samples(cell.id)} <= {0.0, 1.0}
 
 
@@ -170,7 +172,7 @@ def test_one_unreachable_dataset_does_not_take_the_others_with_it(cells, store, 
     (folder / "sampled.yaml").write_text(text.replace("data.jsonl", "gone.jsonl"))
     outcome = Runner(store, empty_limit=1.0).run([bad, good])
     assert [outcome.failed, outcome.finished] == [[bad], [good]]
-    assert "gone.jsonl" in store.failure(bad.id)["error"]
+    assert "gone.jsonl" in store.failure(bad.id).error
 
 
 def test_sampled_answers_depend_on_the_cells_seed_alone(cells, store, tmp_path):
@@ -188,9 +190,7 @@ def test_sampled_answers_do_not_depend_on_where_a_run_was_interrupted(cells, sto
     run(store, cell)
     whole = [sample["answer"] for sample in store.samples(cell.id)]
 
-    from vtoken.eval.model.reduced import ReducedModel
-
-    original, calls = ReducedModel.answer, []
+    original, calls = LoadedModel.generate, []
 
     def dies(self, *args):
         calls.append(1)
@@ -198,7 +198,7 @@ def test_sampled_answers_do_not_depend_on_where_a_run_was_interrupted(cells, sto
             raise KeyboardInterrupt
         return original(self, *args)
 
-    monkeypatch.setattr(ReducedModel, "answer", dies)
+    monkeypatch.setattr(LoadedModel, "generate", dies)
     halfway = Store(tmp_path / "halfway")
     with pytest.raises(KeyboardInterrupt):
         Runner(halfway, empty_limit=1.0).run([cell])

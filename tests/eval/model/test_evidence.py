@@ -114,21 +114,21 @@ def test_the_time_steps_of_a_clip_show_several_frames():
 
 def test_every_sample_of_a_bundled_task_has_it(checkpoint, private_cache):
     load_harness()
+    from vtoken.eval.harness.asked import question_of
     from vtoken.eval.harness.tasksource import load_task
-    from vtoken.eval.model.reduced import ReducedModel
+    from vtoken.eval.model.loaded import LoadedModel
 
-    model = ReducedModel(ModelSpec(str(checkpoint), device="cpu"), batch_size=3)
+    model = LoadedModel(ModelSpec(str(checkpoint), device="cpu"))
     docs = held_out("attr", 3)
     task = load_task("mini_attr")
-    model.task_dict["mini_attr"] = task.dataset
     requests = [
         SimpleNamespace(args=("", task.doc_to_messages, {"max_new_tokens": 2}, i, "mini_attr", "test"))
         for i in range(len(docs))
     ]
+    questions = [question_of(request, {"mini_attr": task.dataset}) for request in requests]
 
     def recalls(reducer):
-        model.use(reducer)
-        return [answer.token_counts.to_dict()["evidence_recall"] for answer in model.generate_until(requests)]
+        return [answer.counts["evidence_recall"] for answer in model.answer(questions, reducer, batch_size=3)]
 
     assert recalls(None) == [1.0] * 3
     half = recalls(vtoken.get_reducer("random", keep=0.5))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vtoken.eval.errors import EvalError
 from vtoken.eval.harness.driver import load_harness
+from vtoken.eval.model.loaded import LoadedModel
 from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.model.preprocessing import STOCK, preprocessing
 
@@ -83,13 +84,13 @@ def ours(checkpoint_of):
     load_harness()
     from vtoken.eval.model.reduced import ReducedModel
 
-    return ReducedModel(ModelSpec(str(checkpoint_of), device="cpu", preprocessing="lmms_eval"))
+    return ReducedModel(LoadedModel(ModelSpec(str(checkpoint_of), device="cpu", preprocessing="lmms_eval")))
 
 
 def test_inputs_and_answers_are_those_of_the_stock_wrapper(family, stock, ours, documents, monkeypatch):
     requests = asked(documents, WRAPPERS[family][0].startswith("simple"))
     wanted, theirs = run(stock, stock.model, requests, documents, monkeypatch)
-    answers, given = run(ours, ours.model, asked(documents, False), documents, monkeypatch)
+    answers, given = run(ours, ours.loaded.model, asked(documents, False), documents, monkeypatch)
     assert answers == wanted
     assert len(set(answers)) > 1
     order = sorted(range(3), key=lambda i: theirs[i]["input_ids"].tolist())
@@ -97,16 +98,16 @@ def test_inputs_and_answers_are_those_of_the_stock_wrapper(family, stock, ours, 
         for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"):
             if name in theirs[theirs_at]:
                 assert torch.equal(given[ours_at][name], theirs[theirs_at][name].to(given[ours_at][name].dtype)), name
-    assert ours.model.dtype == stock.model.dtype
+    assert ours.loaded.model.dtype == stock.model.dtype
 
 
 def test_the_checkpoints_own_preprocessing_differs(family, checkpoint_of, ours, documents, monkeypatch):
     """The test above can fail: for every family but LLaVA the two presets are not the same."""
     from vtoken.eval.model.reduced import ReducedModel
 
-    plain = ReducedModel(ModelSpec(str(checkpoint_of), device="cpu"))
-    _, own = run(plain, plain.model, asked(documents, False), documents, monkeypatch)
-    _, stock = run(ours, ours.model, asked(documents, False), documents, monkeypatch)
+    plain = ReducedModel(LoadedModel(ModelSpec(str(checkpoint_of), device="cpu")))
+    _, own = run(plain, plain.loaded.model, asked(documents, False), documents, monkeypatch)
+    _, stock = run(ours, ours.loaded.model, asked(documents, False), documents, monkeypatch)
     same = all(
         a["input_ids"].shape == b["input_ids"].shape and torch.equal(a["pixel_values"], b["pixel_values"])
         for a, b in zip(own, stock, strict=True)

@@ -14,11 +14,12 @@ from finished import KINDS, save_run
 from vtoken.eval.comparison.runs import runs_of
 from vtoken.eval.comparison.statistics import Estimate, Paired
 from vtoken.eval.comparison.summary import Row, corrected, row_from, summarize
+from vtoken.eval.report.columns import lines_of, shown
 from vtoken.eval.report.export import as_csv
 from vtoken.eval.report.formats import bytes_text
 from vtoken.eval.report.page import render_html, write_reports
 from vtoken.eval.report.plot import pareto_front, pareto_html
-from vtoken.eval.report.render import COLUMNS, cells_of, failures, notes
+from vtoken.eval.report.render import failures, notes
 from vtoken.eval.report.tables import WINS, wins_table
 from vtoken.eval.store.results import Store
 
@@ -85,12 +86,14 @@ def test_runs_on_other_documents_are_compared_on_the_common_ones(finished):
 def test_questions_with_other_answers_are_other_questions(finished):
     cells, store = finished
     changed = [{**sample, "target": "other"} for sample in store.samples(cells[1].id)]
-    store.save(cells[1].id, store.result(cells[1].id), changed)
+    store.save(store.record(cells[1].id), changed)
     assert summarize(cells, store)[1].versus_unpruned is None
 
 
 def test_columns_read_well(finished):
-    text = dict(zip(COLUMNS, cells_of(summarize(*finished)[1]), strict=True))
+    rows = summarize(*finished)
+    columns = shown(rows)
+    text = dict(zip([column.title for column in columns], lines_of(columns, rows)[1], strict=True))
     assert text["reducer"] == "random"
     assert re.fullmatch(r" ?\d+\.\d \[\d+\.\d, \d+\.\d\]", text["accuracy % [95 % CI]"])
     assert re.fullmatch(r"[+-]\d+\.\d\*", text["vs unpruned"])
@@ -100,7 +103,7 @@ def test_columns_read_well(finished):
 
 def test_failed_cells_show_why():
     row = Row("id", "m", "t", "todre", 0.5, error="shapes do not match\nsecond line")
-    assert cells_of(row)[:3] == ["todre", "0.5", "failed"]
+    assert lines_of(shown([row]), [row])[0][:3] == ["todre", "0.5", "failed"]
     assert failures([row]) == ["todre 0.5 on t failed: shapes do not match"]
 
 

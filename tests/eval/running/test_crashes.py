@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from vtoken.cli import app
 from vtoken.eval.running.runner import Runner
+from vtoken.eval.store.record import Failure
 from vtoken.eval.store.results import Store
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and forks")
@@ -48,7 +49,7 @@ def outcome(cells, runner):
 
 def contents(cells, store):
     results = [store.result(cell.id) for cell in cells]
-    return [(result["metrics"], store.samples(cell.id)) for cell, result in zip(cells, results, strict=True)]
+    return [(result.metrics, store.samples(cell.id)) for cell, result in zip(cells, results, strict=True)]
 
 
 def test_killed_twenty_times(cells, undisturbed, apart, tmp_path):
@@ -86,11 +87,11 @@ def test_two_runners_share_the_cells_and_a_dead_one_is_inherited(cells, undistur
 
 def test_a_cell_that_another_runner_failed_is_not_tried_again(make_cell, tmp_path, monkeypatch):
     cell, store = make_cell(), Store(tmp_path)
-    failure = {"error": "shapes do not match", "at": "now"}
+    failure = Failure(error="shapes do not match", at="now")
     lock = store.lock(cell.id)
 
     def other_runner_fails(seconds):
-        store.save_failure(cell.id, failure)
+        store.save_failure(cell.record(failure=failure))
         holder.__exit__(None, None, None)
 
     holder = lock.attempt()

@@ -63,9 +63,10 @@ def test_runs_cells_and_records_everything(runner, store, make_cell):
     cells = [make_cell(), make_cell("fopru", keep=0.25)]
     outcome = runner.run(cells)
     assert (outcome.finished, outcome.skipped, outcome.failed) == (cells, [], [])
-    result, samples = store.result(cells[1].id), store.samples(cells[1].id)
-    assert (result["metric"], result["documents"], result["cell"]["reducer"]["keep"]) == ("exact_match", 8, 0.25)
-    assert {"torch", "transformers", "lmms-eval", "vtoken"} <= set(result["made_with"])
+    record, samples = store.record(cells[1].id), store.samples(cells[1].id)
+    result = store.result(cells[1].id)
+    assert (result.metric, result.documents, record.keep) == ("exact_match", 8, 0.25)
+    assert {"torch", "transformers", "lmms-eval", "vtoken"} <= set(record.made_with)
     assert [sample["doc_id"] for sample in samples] == list(range(8))
     assert {sample["tokens"]["visual_kept"] for sample in samples} == {36}
     assert len({sample["kind"] for sample in samples}) == 8
@@ -86,10 +87,11 @@ def test_a_raising_cell_has_no_score_and_stops_nothing(runner, store, make_cell,
     outcome = runner.run([broken, other])
     assert (outcome.failed, outcome.finished) == ([broken], [other])
     assert store.result(broken.id) is None
-    assert "shapes do not match" in store.failure(broken.id)["error"]
-    assert "Traceback" in store.failure(broken.id)["traceback"]
+    assert "shapes do not match" in store.failure(broken.id).error
+    assert "Traceback" in store.failure(broken.id).traceback
     row = summarize([broken], store)[0]
-    assert (row.error, row.accuracy) == ("shapes do not match", None)
+    assert (row.error, row.accuracy) == ("documents 0 to 3 of task 'mini': shapes do not match", None)
+    assert store.failure(broken.id).documents == [0, 1, 2, 3]
 
 
 def test_a_failed_cell_is_tried_again(runner, store, broken):
@@ -164,7 +166,7 @@ def test_a_task_that_cannot_be_loaded_is_tried_once(runner, store, make_cell, mo
     cells = [make_cell(), make_cell("random", keep=0.5)]
     assert runner.run(cells).failed == cells
     assert len(calls) == 2
-    assert {store.failure(cell.id)["error"] for cell in cells} == {"the hub cannot be reached"}
+    assert {store.failure(cell.id).error for cell in cells} == {"the hub cannot be reached"}
 
 
 @pytest.fixture
@@ -183,8 +185,8 @@ def test_a_model_that_cannot_be_loaded_fails_its_cells_and_is_tried_once(runner,
     assert (outcome.failed, outcome.finished) == (unloadable, [other])
     assert loads.count(unloadable[0].model) == 1
     for cell in unloadable:
-        assert "cannot be loaded" in store.failure(cell.id)["error"]
-        assert "Traceback" in store.failure(cell.id)["traceback"]
+        assert "cannot be loaded" in store.failure(cell.id).error
+        assert "Traceback" in store.failure(cell.id).traceback
 
 
 def test_nothing_can_be_run_if_the_only_model_cannot_be_loaded(store, unloadable):
@@ -195,14 +197,14 @@ def test_nothing_can_be_run_if_the_only_model_cannot_be_loaded(store, unloadable
 def test_mostly_empty_answers_are_a_failure_and_not_a_bad_score(runner, store, make_cell, monkeypatch):
     cell = make_cell("random", keep=0.5)
     texts = iter(["", " ", "red", "", "\n", "blue", "", "yes"])
-    monkeypatch.setattr("vtoken.eval.model.reduced.cut_at", lambda text, until: next(texts))
+    monkeypatch.setattr("vtoken.eval.model.loaded.cut_at", lambda text, until: next(texts))
     assert runner.run([cell]).failed == [cell]
-    assert "5 of 8 answers are empty, more than empty_limit=0.5 allows" in store.failure(cell.id)["error"]
+    assert "5 of 8 answers are empty, more than empty_limit=0.5 allows" in store.failure(cell.id).error
     assert store.result(cell.id) is None
 
     runner.empty_limit = 0.625  # the answers are there already
     assert runner.run([cell]).finished == [cell]
-    assert store.result(cell.id)["empty_answers"] == 5
+    assert store.result(cell.id).empty_answers == 5
 
 
 def test_a_runner_whose_lock_was_taken_leaves_the_cell_to_the_other(runner, store, make_cell, monkeypatch):
@@ -219,4 +221,4 @@ def test_ranks_of_a_launcher_are_refused(runner, store, make_cell, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # lmms-eval would give each rank a part of the documents
     cell = make_cell()
     runner.run([cell])
-    assert "without torchrun" in store.failure(cell.id)["error"]
+    assert "without torchrun" in store.failure(cell.id).error

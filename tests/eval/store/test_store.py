@@ -7,7 +7,9 @@ import os
 import pytest
 
 from vtoken.eval.errors import EvalError
-from vtoken.eval.store.results import ANSWERS, FAILURE, PROFILE, RESULT, SAMPLES, Store, write_atomic
+from vtoken.eval.store.files import write_atomic
+from vtoken.eval.store.record import FAILURE, RESULT, SAMPLES, CellRecord, Failure, Result
+from vtoken.eval.store.results import ANSWERS, PROFILE, Store
 
 
 @pytest.fixture
@@ -15,16 +17,22 @@ def store(tmp_path):
     return Store(tmp_path / "results")
 
 
+def record(cell="c1", documents=1, **found):
+    identity = {"model": {"pretrained": "m"}, "task": {"name": "t"}}
+    return CellRecord(id=cell, cell=identity, label="unpruned", **(found or {"result": Result(documents=documents)}))
+
+
 def test_saves_and_loads_a_cell(store):
-    store.save("c1", {"accuracy": 0.5}, [{"doc_id": 0, "answer": "ä"}, {"doc_id": 1, "answer": "b\nc"}])
-    assert store.result("c1") == {"accuracy": 0.5}
+    store.save(record(documents=2), [{"doc_id": 0, "answer": "ä"}, {"doc_id": 1, "answer": "b\nc"}])
+    assert store.result("c1") == Result(documents=2)
     assert [sample["answer"] for sample in store.samples("c1")] == ["ä", "b\nc"]
 
 
 def test_a_finished_cell_has_no_log_and_no_failure_left(store):
-    store.save_failure("c1", {"error": "boom"})
+    store.save_failure(record(failure=Failure(error="boom")))
+    assert store.failure("c1").error == "boom"
     write_atomic(store.path("c1", ANSWERS), "x")
-    store.save("c1", {}, [])
+    store.save(record(), [])
     assert store.failure("c1") is None
     assert not store.path("c1", ANSWERS).exists()
 
@@ -33,7 +41,7 @@ def test_a_finished_cell_leaves_no_logs_and_no_half_written_files(store):
     for name in (ANSWERS, "answers-1.jsonl", ".result.json.x1.part"):
         write_atomic(store.path("c1", name), "x")
     assert [path.name for path in store.answers("c1")] == ["answers-1.jsonl", ANSWERS]
-    store.save("c1", {}, [])
+    store.save(record(), [])
     assert sorted(path.name for path in store.path("c1", "").iterdir()) == [RESULT, SAMPLES]
 
 
@@ -43,7 +51,7 @@ def die_with_the_lock(store, cell):
 
 
 def test_what_a_runner_left_that_died_right_after_the_result_is_removed(store):
-    store.save("c1", {"n": 1}, [])
+    store.save(record(), [])
     store.save_profile("c1", {})
     dead = multiprocessing.get_context("fork").Process(target=die_with_the_lock, args=(store, "c1"))
     dead.start()
@@ -58,7 +66,7 @@ def test_what_a_runner_left_that_died_right_after_the_result_is_removed(store):
 
 def test_a_living_runner_removes_its_own_files(store):
     with store.lock("c1").attempt():
-        store.save("c1", {"n": 1}, [])
+        store.save(record(), [])
         store.path("c1", ANSWERS).write_text("x")
         assert store.settle("c1")
         assert store.path("c1", ANSWERS).exists()
@@ -99,10 +107,10 @@ def test_a_crash_while_writing_leaves_the_old_file(store, monkeypatch, where):
 
 def test_discard_forgets_one_cell_only(store):
     for name in ("c1", "c2"):
-        store.save(name, {"n": 1}, [])
+        store.save(record(name), [])
     store.discard("c1")
     store.discard("never there")
-    assert (store.result("c1"), store.result("c2")) == (None, {"n": 1})
+    assert (store.result("c1"), store.result("c2")) == (None, Result(documents=1))
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):

@@ -7,7 +7,9 @@ import json
 
 import numpy as np
 
+from vtoken.eval.comparison.runs import Run
 from vtoken.eval.comparison.summary import summarize
+from vtoken.eval.store.record import CellRecord, Result
 from vtoken.eval.store.results import Store
 from vtoken.eval.sweeps.cells import Cell
 
@@ -28,9 +30,16 @@ def save_run(store: Store, cell: Cell, rate: float, *, count: int = 200, first: 
         for i in range(first, first + count)
     ]
     made = {"vtoken": "0.1.0", "torch": "2.15", "gpu": None}
-    result = {"id": cell.id, "cell": cell.config(), "dataset": "d1", "prompts": "p1", "made_with": made}
-    store.save(cell.id, result, samples)
+    result = Result(metric="exact_match", documents=count, dataset="d1", prompts="p1")
+    store.save(cell.record(result).model_copy(update={"made_with": made}), samples)
     store.save_profile(cell.id, {"prefill_ms": 12.5, "speedup": 2.0, "kv_bytes": 150_000.0})
+
+
+def made_up_run(label, samples, *, model="m", task="t", keep=0.5) -> Run:
+    """A run of a reducer that need not exist."""
+    reducer = None if label == "unpruned" else {"reducer": label, "keep": keep}
+    cell = {"model": {"pretrained": model}, "task": {"name": task}, "reducer": reducer}
+    return Run(CellRecord(id=f"{label}{task}", cell=cell, label=label, result=Result()), samples)
 
 
 def save_table(store: Store, cells: list[Cell]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from vtoken.eval.errors import EvalError
 from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.running.listener import Listener
+from vtoken.eval.store.record import Failure, Result
 from vtoken.eval.store.results import Store
 from vtoken.eval.sweeps.cells import UNRESOLVED
 from vtoken.eval.sweeps.plan import Pins, State, estimate, fail_unresolved, states
@@ -21,7 +22,7 @@ def store(tmp_path):
 @pytest.fixture
 def finish(store):
     def finish(cell, seconds, documents):
-        store.save(cell.id, {"cell": cell.config(), "seconds": seconds, "documents": documents}, [])
+        store.save(cell.record(Result(seconds=seconds, documents=documents)), [])
 
     return finish
 
@@ -46,8 +47,8 @@ def test_cells_of_such_models_fail_with_a_traceback_and_the_others_do_not(make_c
     assert fail_unresolved([good, bad], problems, store, ear) == [bad]
     assert ear.heard == (bad,)
     failure = store.failure(bad.id)
-    assert failure["error"] == "The model 'someone/gone' cannot be read."
-    assert "EvalError" in failure["traceback"]
+    assert failure.error == "The model 'someone/gone' cannot be read."
+    assert "EvalError" in failure.traceback
     assert store.failure(good.id) is None
 
     found_again = dataclasses.replace(bad, weights="0123", model_type="llava")
@@ -58,7 +59,7 @@ def test_cells_of_such_models_fail_with_a_traceback_and_the_others_do_not(make_c
 def test_states(make_cell, store, finish):
     done, failed, left = make_cell(), make_cell("random"), make_cell("uniform")
     finish(done, 1.0, 8)
-    store.save_failure(failed.id, {"error": "no"})
+    store.save_failure(failed.record(failure=Failure(error="no")))
     assert states([done, failed, left], store) == [State.FINISHED, State.FAILED, State.TODO]
     assert states([done], None) == [State.TODO]
 

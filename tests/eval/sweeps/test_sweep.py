@@ -110,8 +110,7 @@ def test_cells_are_the_whole_grid_each_once(write, private_cache):
     assert [(c.task.name, c.limit, c.seed, c.label) for c in cells] == [
         (task, limit, seed, reducer)
         for task, limit in (("mini_count", 5), ("mini_attr", 2))
-        for seed in (0, 3)
-        for reducer in ("unpruned", "random", "fopru")
+        for seed, reducer in ((None, "unpruned"), (0, "random"), (None, "fopru"), (3, "random"))
     ]
     assert {c.reducer.seed for c in cells if c.label == "random"} == {0, 3}
     assert {c.limit for c in sweep.limited(1).cells()} == {1}
@@ -193,3 +192,41 @@ def test_shipped_sweeps_expand_without_network(name, private_cache):
     assert {c.keep for c in cells if c.label == "random"} == PAPERS[name]
     assert {"unpruned", "random", "uniform", "pooled"} < {c.label for c in cells}
     assert [spec.kind for spec in pins.problems] == ["hub"]
+
+
+def seeds_of(cells):
+    return {(c.task.name, c.label): [d.seed for d in cells if (d.task, d.label) == (c.task, c.label)] for c in cells}
+
+
+def test_what_no_seed_can_change_is_run_once(write, private_cache):
+    """Fixed seeds of a reducer's own count as parameters; drawing stages of a chain and drawing tasks do not."""
+    chain = {"reducer": "chain", "stages": [{"reducer": "random", "keep": 0.5}, {"reducer": "fastv", "keep": 0.2}]}
+    fixed = {"reducer": "random", "seed": 9}
+    cells = load_sweep(write(reducers=["todre", fixed, "zooprune", chain], seeds=[0, 1, 2])).cells()
+    assert {label: seeds for (_, label), seeds in seeds_of(cells).items()} == {
+        "unpruned": [None],
+        "todre": [None],
+        "random (seed=9)": [None],
+        "zooprune": [0, 1, 2],
+        "random 0.5 > fastv 0.2": [0, 1, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("edit", "draws"),
+    [
+        ({}, False),
+        ({"colors.yaml": ("{max_new_tokens: 4}", "{max_new_tokens: 4, temperature: 0.5}")}, True),
+        ({"colors.yaml": ("output_type:", "num_fewshot: 2\noutput_type:")}, True),
+        ({"utils.py": ("from PIL", "import random\nfrom PIL")}, True),
+    ],
+    ids=["plain", "samples", "examples", "code"],
+)
+def test_tasks_that_may_draw_are_run_for_every_seed(write, private_cache, tmp_path, edit, draws):
+    folder = write_task_folder(tmp_path / "tasks", "colors")
+    for name, (old, new) in edit.items():
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+    cells = load_sweep(write(tasks=["./tasks"], reducers=["todre"], seeds=[0, 1])).cells()
+    assert [c.seed for c in cells if c.label == "todre"] == ([0, 1] if draws else [None])
