@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from vtoken.eval.errors import unknown
-from vtoken.eval.harness.tasksource import named_files, task_config, task_files
+from vtoken.eval.harness.tasksource import OpaqueLoader, named_files, task_config, task_files
 
 NOTES = Path(__file__).parent / "tasknotes.yaml"
 JUDGED = ("OPENAI_API_KEY", "llm_judge")  # in the scoring code of a task that asks another model

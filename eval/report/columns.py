@@ -231,8 +231,8 @@ COLUMNS: tuple[Column, ...] = (
         "speed-up",
         speedup_text,
         Narrow("speed", lambda row: speedup_text(row).split(" ")[0]),
-        "speed-up (speed): of the prefill, median over pairs of runs in turn; noisy: their quartiles are far apart, or on "
-        "both sides of 1.",
+        "speed-up (speed): of the prefill, median over pairs of runs in turn; noisy: their quartiles are far apart, or "
+        "on both sides of 1.",
         alone,
     ),
     _value("speedup_low"),
