@@ -34,7 +34,19 @@ HEAVY = {
     ),
 }
 LOADED = "sorted({name.partition('.')[0] for name in sys.modules})"
-COMMANDS = ("list", "tasks", "compare", "sweep", "report", "show", "profile", "doctor", "train-gate", "train-scorer")
+COMMANDS = (
+    "list",
+    "tasks",
+    "compare",
+    "sweep",
+    "report",
+    "show",
+    "profile",
+    "doctor",
+    "tune",
+    "train-gate",
+    "train-scorer",
+)
 
 
 def fresh(code):

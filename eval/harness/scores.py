@@ -13,7 +13,7 @@ _BOOKKEEPING = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps
     "input",
     "submission",
 }
-_PICTURE_KEYS = ("scene", "image_id", "imageId", "videoID")
+PICTURE_KEYS = ("scene", "image_id", "imageId", "videoID")
 """What documents call the picture or clip that they ask about; without one, its pixels tell."""
 _FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # what lmms-eval's API models answer when the server is down
 
@@ -65,7 +65,7 @@ def flatten(sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
     return {
         "doc_id": sample["doc_id"],
         "kind": doc.get("kind", ""),
-        "cluster": str(next((doc[key] for key in _PICTURE_KEYS if key in doc), picture)),
+        "cluster": str(next((doc[key] for key in PICTURE_KEYS if key in doc), picture)),
         "prompt": prompt,
         "score": score,
         "answer": answer,

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import vtoken
-from vtoken.cli import catalogue, compare, doctor, profile, report, show, sweep, tasks, train_gate, train_scorer
+from vtoken.cli import catalogue, compare, doctor, profile, report, show, sweep, tasks, train_gate, train_scorer, tune
 
 app = typer.Typer(
     name="vtoken",
@@ -23,6 +23,7 @@ app.command("compare")(compare.compare_command)
 app.command("sweep")(sweep.sweep_command)
 app.command("report")(report.report_command)
 app.command("show")(show.show_command)
+app.command("tune")(tune.tune_command)
 app.command("profile")(profile.profile_command)
 app.command("doctor")(doctor.doctor_command)
 app.command("tasks")(tasks.tasks_command)
