@@ -39,9 +39,27 @@ def log_wealth(gains: np.ndarray) -> np.ndarray:
     gains : ndarray
         (n,) of at least -1.
     """
+    return np.logaddexp.reduce(np.cumsum(_each(gains), axis=1), axis=0) - math.log(len(BETS))
+
+
+def projected(gains: np.ndarray, further: int, luck: float = 0.0) -> float:
+    """`log_wealth` after so many further units if they are like those so far, and each better by ``luck``."""
+    found = _each(gains).sum(1) + further * _each(gains + luck).mean(1)
+    return float(np.logaddexp.reduce(found)) - math.log(len(BETS))
+
+
+def further_units(gains: np.ndarray, alpha: float) -> int | None:
+    """After how many units like those so far the wealth reaches ``1 / alpha``; None if it does not grow."""
+    found = _each(gains)
+    missing, speed = math.log(len(BETS) / alpha) - found.sum(1), found.mean(1)
+    growing = speed > 0
+    return math.ceil(max((missing[growing] / speed[growing]).min(), 0)) if growing.any() else None
+
+
+def _each(gains: np.ndarray) -> np.ndarray:
+    """(bets, n) what each bet adds to the logarithm of its own wealth."""
     with np.errstate(divide="ignore"):  # a bet of everything can be lost, and then stays at nothing
-        single = np.cumsum(np.log1p(np.multiply.outer(BETS, gains)), axis=1)
-    return np.logaddexp.reduce(single, axis=0) - math.log(len(BETS))
+        return np.log1p(np.multiply.outer(BETS, gains))
 
 
 def gains_of(pruned: np.ndarray, unpruned: np.ndarray, retain: float) -> np.ndarray:

@@ -18,7 +18,7 @@ from enum import Enum
 
 import numpy as np
 
-from vtoken.eval.tune.betting import BETS, Bounds, bounds, convinced, gains_of, log_wealth, losses_of
+from vtoken.eval.tune.betting import Bounds, bounds, convinced, further_units, gains_of, losses_of, projected
 
 ERROR = 0.05
 _OPTIMISM = 2.0  # standard errors by which a setting may be better than it looks before it is given up
@@ -146,11 +146,6 @@ class Race:
         return ERROR / max(len(self.chains), 1)
 
     @property
-    def enough(self) -> float:
-        """Logarithm of the wealth that convinces."""
-        return -math.log(self.alpha)
-
-    @property
     def open(self) -> list[Standing]:
         """Who is asked on, cheapest first."""
         return [standing for standing in self.standings if standing.verdict is Verdict.OPEN and not standing.shown]
@@ -192,8 +187,7 @@ class Race:
         """Whether the questions that are left would not do even if it were somewhat better than it looks."""
         gains = gains_of(*standing.means, self.retain)
         luck = _OPTIMISM * gains.std() / math.sqrt(len(gains))
-        left = self.units - standing.units
-        return bool(log_wealth(gains)[-1] + left * max(growth(gains + luck), 0.0) < self.enough)
+        return projected(gains, self.units - standing.units, luck) < -math.log(self.alpha)
 
     @staticmethod
     def _close_after(chain: Sequence[Standing]) -> None:
@@ -216,11 +210,7 @@ class Race:
 
     def needed(self, standing: Standing) -> int | None:
         """About how many further units would show that a setting holds the target; None if it does not look like it."""
-        if not standing.units:
-            return None
-        gains = gains_of(*standing.means, self.retain)
-        speed = growth(gains)
-        return math.ceil(max(self.enough - log_wealth(gains)[-1], 0) / speed) if speed > 0 else None
+        return further_units(gains_of(*standing.means, self.retain), self.alpha) if standing.units else None
 
     @property
     def front(self) -> Iterator[Standing]:
@@ -230,9 +220,3 @@ class Race:
             if standing.retained is not None and standing.retained > most:
                 most = standing.retained
                 yield standing
-
-
-def growth(gains: np.ndarray) -> float:
-    """Logarithm by which the best of the bets grows with each unit."""
-    with np.errstate(divide="ignore"):
-        return float(np.log1p(np.multiply.outer(BETS, gains)).mean(1).max())

@@ -64,6 +64,7 @@ def part_of(task: Any, part: Part) -> Any:
     split = task.config.test_split if task.has_test_docs() else task.config.validation_split
     found.dataset = {split: task.dataset[split].select(part.documents)}
     found.dataset_no_image = {split: task.dataset_no_image[split].select(part.documents)}
+    found.task_docs = found.eval_docs  # what filters of answers see
     return found
 
 

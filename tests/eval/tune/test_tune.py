@@ -194,7 +194,7 @@ def test_wrong_input_is_one_sentence(tune, monkeypatch, arguments, sentence):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(Runner, "model", forbidden)
-    done = tune(*arguments)
+    done = tune("-t", "mini_exist", *arguments)
     assert done.exit_code == 2
     assert sentence in " ".join(done.stderr.split())
     assert done.stderr.count("Error:") == 1
