@@ -50,7 +50,7 @@ def test_ends_in_a_sentence_a_table_and_files(tuned):
     page = (folder / "vtoken-tune" / "tune.html").read_text()
     assert "retains at least 60 %" in page
     assert "Plotly.newPlot" in page
-    assert not re.search(r'(src|href)="https?:', page)
+    assert "<script src" not in page
 
 
 def test_the_preset_builds_the_choice(tuned):
@@ -136,11 +136,11 @@ def test_nothing_meets_the_target(tune, tmp_path):
 
 
 def test_too_few_questions_say_how_many_would_decide(tune):
-    done = tune(*FEW, "-r", "todre", "-k", "0.5", "--retain", "0.9")
+    done = tune(*FEW, "-r", "todre", "-k", "0.5", "--retain", "0.97")
     assert done.exit_code == 1
     found = re.search(r"about (\d+) questions of each task would decide, there were 48", done.stdout)
     assert found, done.stdout
-    assert 48 < int(found[1]) < 400
+    assert 48 < int(found[1]) < 2000
 
 
 def test_nothing_is_cheaper(tune, monkeypatch):
