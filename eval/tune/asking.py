@@ -160,9 +160,9 @@ class Asker:
         failed: dict[str, str] = {}
         for number, bare in enumerate(self.cells[BARE]):
             left = {
-                name: cells[number].reducer
+                name: reducer
                 for name, cells in self.cells.items()
-                if name != BARE and name not in failed and self._saved(name)[number] is None
+                if (reducer := cells[number].reducer) and name not in failed and self._saved(name)[number] is None
             }
             if left:
                 model = self.runner.model(bare)
