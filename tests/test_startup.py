@@ -44,6 +44,7 @@ COMMANDS = (
     "show",
     "profile",
     "doctor",
+    "tune",
     "train-gate",
     "train-scorer",
 )

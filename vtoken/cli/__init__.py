@@ -25,6 +25,7 @@ from vtoken.cli import (
     tasks,
     train_gate,
     train_scorer,
+    tune,
 )
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command("report")(report.report_command)
 app.command("rerun")(rerun.rerun_command)
 app.command("show")(show.show_command)
 app.command("demo")(demo.demo_command)
+app.command("tune")(tune.tune_command)
 app.command("profile")(profile.profile_command)
 app.command("doctor")(doctor.doctor_command)
 app.command("tasks")(tasks.tasks_command)
