@@ -43,6 +43,7 @@ COMMANDS = (
     "rerun",
     "show",
     "profile",
+    "demo",
     "doctor",
     "tune",
     "train-gate",

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import vtoken
 from vtoken.cli import app
-from vtoken.eval.model.reduced import ReducedModel
+from vtoken.eval.model.loaded import LoadedModel
 from vtoken.eval.running.runner import Runner
 
 FEW = ("-m", "mini-llava", "-t", "mini_exist", "--objective", "tokens", "--max-questions", "48")
@@ -101,7 +101,7 @@ def test_again_asks_and_measures_nothing(tuned, tune, monkeypatch):
 
 def test_an_interrupted_race_goes_on_and_comes_to_the_same_end(tuned, tune, monkeypatch, tmp_path):
     asked = []
-    answer = ReducedModel.answer
+    answer = LoadedModel.generate
 
     def stopping(self, *arguments):
         asked.append(len(arguments[0]))
@@ -109,7 +109,7 @@ def test_an_interrupted_race_goes_on_and_comes_to_the_same_end(tuned, tune, monk
             raise KeyboardInterrupt
         return answer(self, *arguments)
 
-    monkeypatch.setattr(ReducedModel, "answer", stopping)
+    monkeypatch.setattr(LoadedModel, "generate", stopping)
     stopped = tune(*FEW, *EASY)
     assert stopped.exit_code == 130
     assert "Stopped. The same command goes on from here." in stopped.stderr

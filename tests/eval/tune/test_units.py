@@ -65,8 +65,8 @@ def test_parts_are_told_apart_by_their_documents(task):
     ref, whole = task
     units = shuffled_units(whole)
     parts = [*cut(units, [1, 3], ref), Part.of(ref, units[::-1])]
-    assert len({part.config()["fingerprint"] for part in (ref, *parts)}) == 4
-    assert Part.of(ref, units[:1]).config() == parts[0].config()
+    assert len({part.fingerprint for part in (ref, *parts)}) == 4
+    assert Part.of(ref, units[:1]) == parts[0]
 
 
 def test_a_unit_counts_with_the_mean_of_its_scores(task):
