@@ -43,8 +43,8 @@ CASES = {
 }
 """Model -> what it is asked; `mini-llava` knows no relations in pictures of other sizes."""
 RETAIN, OBJECTIVE = 0.98, "tokens"
-UNSEEN, BATCH, LONGEST = 1500, 50, 8  # further questions of each task, documents a batch, tokens an answer
-RACES, ROUNDS = 1000, 1500  # replayed races, and units that each can ask
+UNSEEN, BATCH, LONGEST = 500, 50, 8  # further questions of each task, documents a batch, tokens an answer
+RACES, ROUNDS = 500, 1000  # replayed races, and units that each can ask
 TARGETS = (0.95, 0.98)  # of the replayed races
 
 
