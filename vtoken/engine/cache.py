@@ -70,8 +70,8 @@ class Pruned:
 
     def rows(self, take: Callable[[Tensor], Tensor]) -> Pruned:
         """The same with its batch rows taken by ``take``."""
-        some = {name: take(x) for name in ("shift", "buffer", "worth") if (x := getattr(self, name)) is not None}
-        return replace(self, valid=take(self.valid), place=take(self.place), **some)
+        shift, buffer, worth = (None if x is None else take(x) for x in (self.shift, self.buffer, self.worth))
+        return replace(self, valid=take(self.valid), place=take(self.place), shift=shift, buffer=buffer, worth=worth)
 
 
 class _PrunedLayer(CacheLayerMixin):

@@ -182,8 +182,9 @@ def profile(
             if before is not None:
                 model.set_attn_implementation(before)  # type: ignore[operator]
     times = {name: {phase: [getattr(run, phase) for run in found[name]] for phase in PHASES} for name in sides}
+    plain, reduced = both["unpruned"], both["reduced"]
     ratios = {
-        phase: Ratio.of(times["unpruned"][phase], times["reduced"][phase], _ratio_of_medians(*both.values(), phase))
+        phase: Ratio.of(times["unpruned"][phase], times["reduced"][phase], _ratio_of_medians(plain, reduced, phase))
         for phase in PHASES
         if phase != "selection"
     }
