@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vtoken.context import VisualContext
 from vtoken.ops import top_k
-from vtoken.ops.common import index_mask
 from vtoken.ops.cosines import CHUNK, Cosines
 from vtoken.ops.loop import one_thread
-from vtoken.ops.ragged import compact, gather
 from vtoken.precision import selection
 from vtoken.reducers.base import SelectReducer
 from vtoken.reducers.checks import check_number
@@ -89,77 +88,47 @@ def thin(features: Tensor, order: Tensor, target: Tensor, valid: Tensor) -> Tens
     Tensor
         (B, max target) long in list order, padded with -1.
     """
-    order = _front(order)
-    target = torch.minimum(target, (order >= 0).sum(1))
-    listed = gather(features, order.clamp(min=0))
-    cosines = Cosines(listed, (order >= 0) & valid.gather(1, order.clamp(min=0))).whole()
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order).masked_fill(order < 0, -1)
-    while bool(((places >= 0).sum(1) > target).any()):
-        places = _halved(cosines, places, target)
-    kept = order.gather(1, places.clamp(min=0)).masked_fill(places < 0, -1)
-    return kept[:, : int(target.max())]
+    thinned = []
+    for x, listed, wanted, there in zip(features, order, target.tolist(), valid, strict=True):
+        tokens = listed[listed >= 0]
+        thinned.append(tokens[_thinned(Cosines(x[tokens][None], there[tokens][None]).whole(), wanted)])
+    return pad_sequence(thinned, batch_first=True, padding_value=-1)
 
 
-def _halved(cosines: Cosines, order: Tensor, target: Tensor) -> Tensor:
-    """The list after rounds that reach the target or leave at most half of the longest one that is above its own."""
-    near = _Neighbours(cosines, order)
-    count = (order >= 0).sum(1)
-    least = torch.maximum(target, count[count > target].max() // 2)
+def _thinned(cosines: Cosines, target: int) -> Tensor:
+    """(K,) long: which of the (1, N) listed tokens are left, in list order."""
+    order = torch.arange(cosines.shape[1], device=cosines.inverse.device)
     with one_thread(order.device, order.numel() * NEAREST):
-        while bool(((order >= 0).sum(1) > least).any()):
-            order = _round(near, order, target)
-    return order[:, : int((order >= 0).sum(1).max())]
-
-
-def _round(near: _Neighbours, order: Tensor, target: Tensor) -> Tensor:
-    count = (order >= 0).sum(1)
-    remove = (count - target).clamp(max=STEP)
-    remove = torch.minimum(remove, (count + 1) // 2)
-    even, odd = order[:, 0::2], order[:, 1::2]
-    similar = near.similarity(even, odd)
-    ranked = similar.masked_fill(even < 0, float("-inf")).sort(dim=1, descending=True, stable=True).indices
-    place = torch.arange(even.shape[1], device=order.device)
-    even = even.gather(1, ranked).masked_fill(place < remove[:, None], -1)
-    thinned = _front(torch.cat([even, odd], 1))
-    done = remove == 0
-    return torch.where(done[:, None], order, thinned)
+        while len(order) > target:
+            near, half = _Neighbours(cosines, order), len(order) // 2  # of fewer tokens, other ones are near
+            while len(order) > max(target, half):
+                even, odd = order[0::2], order[1::2]
+                ranked = near.similarity(even, odd).sort(descending=True, stable=True).indices
+                order = torch.cat([even[ranked[min(STEP, len(order) - target) :]], odd])
+    return order
 
 
 class _Neighbours:
-    """The most similar tokens of each listed one, among the listed: the nearest of a half of them is nearly always one
-    of these few."""
+    """The most similar tokens of each listed one, among the listed, nearest first: that of a half of them is nearly
+    always one of these few."""
 
     def __init__(self, cosines: Cosines, order: Tensor) -> None:
         self.cosines = cosines
-        rows, tokens = order.shape[0], cosines.shape[1]
-        few = min(NEAREST, order.shape[1])
-        outside = torch.full(cosines.shape, float("-inf"), dtype=torch.float32, device=order.device)
-        outside.masked_fill_(index_mask(order, tokens), 0.0)
-        self.value = outside.new_full((rows, tokens, few), float("-inf"))
-        self.index = order.new_zeros(rows, tokens, few)
-        for part in order.clamp(min=0).split(CHUNK, 1):
-            near = (cosines.columns(part) + outside[:, None]).topk(few)
-            at = part[..., None].expand_as(near.indices)
-            self.value.scatter_(1, at, near.values)
-            self.index.scatter_(1, at, near.indices)
-        self.index += tokens * torch.arange(rows, device=order.device)[:, None, None]  # of all rows' tokens in a line
+        tokens, few = cosines.shape[1], min(NEAREST, len(order))
+        outside = torch.full((tokens,), float("-inf"), dtype=torch.float32, device=order.device)
+        outside[order] = 0.0
+        self.value = outside.new_zeros(tokens, few)
+        self.index = order.new_zeros(tokens, few)
+        for part in order.split(CHUNK):
+            self.value[part], self.index[part] = (cosines.columns(part[None])[0] + outside).topk(few)
 
     def similarity(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """(B, E): the largest of each of ``tokens`` (B, E) to one of ``others`` (B, O); -1 entries have no part."""
-        there = index_mask(others, self.cosines.shape[1])
-        at = tokens.clamp(min=0)
-        index = gather(self.index, at)
-        hit = there.flatten().index_select(0, index.flatten()).view_as(index)
-        found = gather(self.value, at).masked_fill_(~hit, float("-inf")).amax(2)
-        missing = found.isinf() & (tokens >= 0)
-        if bool(missing.any()):
-            slots, real = compact(missing)
-            columns = self.cosines.columns(at.gather(1, slots)).masked_fill(~there[:, None], float("-inf"))
-            spare = torch.where(real, slots, tokens.shape[1])
-            found = torch.cat([found, found[:, :1]], 1).scatter(1, spare, columns.amax(2))[:, :-1]
+        """(E,): the largest of each of ``tokens`` (E,) to one of ``others`` (O,)."""
+        there = torch.zeros(self.cosines.shape[1], dtype=torch.bool, device=tokens.device)
+        there[others] = True
+        hit = there[self.index[tokens]]
+        found = torch.where(hit, self.value[tokens], float("-inf")).amax(1)
+        missing = (found == float("-inf")).nonzero()[:, 0]
+        if len(missing):
+            found[missing] = self.cosines.columns(tokens[missing][None])[0].masked_fill(~there, float("-inf")).amax(1)
         return found
-
-
-def _front(order: Tensor) -> Tensor:
-    """Entries of (B, R) that are not -1 first, in order."""
-    return order.gather(1, (order < 0).to(torch.uint8).sort(dim=1, stable=True).indices)
