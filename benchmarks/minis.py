@@ -18,6 +18,7 @@ import dataclasses
 import json
 import subprocess
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib.resources import files
 from operator import itemgetter
 from pathlib import Path
@@ -141,7 +142,7 @@ def rounded(value: Any) -> Any:
     return round(value, DIGITS) if isinstance(value, float) else value
 
 
-def sweep_of(name: str, only: list[str], reducers: list[str], folder: Path) -> str | None:
+def sweep_of(name: str, only: Sequence[str], folder: Path, reducers: Sequence[str] = ()) -> str | None:
     """What ``vtoken sweep`` runs: a shipped sweep, or a copy of it with some of its models and reducers, and `RANDOM`.
 
     None if it has none of them.
@@ -160,7 +161,7 @@ def sweep_of(name: str, only: list[str], reducers: list[str], folder: Path) -> s
     return str(path)
 
 
-def merged(new: dict[str, Any], old: dict[str, Any], reducers: list[str]) -> dict[str, Any]:
+def merged(new: dict[str, Any], old: dict[str, Any], reducers: Sequence[str] = ()) -> dict[str, Any]:
     """A new report, and what an older one holds of other models and reducers, corrected over all of them (Holm)."""
     models = {row["model"] for row in new["rows"]}
 
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     for sweep in () if args.summary_only else args.sweeps:
-        if (chosen := sweep_of(sweep, args.only, args.reducers, args.folder)) is not None:
+        if (chosen := sweep_of(sweep, args.only, args.folder, args.reducers)) is not None:
             command = ["vtoken", "sweep", chosen, "--out", str(args.folder / sweep), "--executor", args.executor]
             subprocess.run(command, check=False)  # failed cells are in the summary
     groups = read(sorted(folder for folder in args.folder.iterdir() if folder.is_dir()))

@@ -273,13 +273,34 @@ def test_one_model_is_replaced_and_all_claims_are_corrected_again(script, tmp_pa
 
     def report(model, p, value):
         claim = {"model": model, "p_value": p, "adjusted": 9.0}
-        return {"rows": [{"model": model, "value": value}], "claims": [claim], "made_with": {model: {"torch": value}}}
+        row = {"model": model, "reducer": "fopru", "keep": 0.1, "accuracy": {"value": 0.5}, "value": value}
+        return {"rows": [row], "claims": [claim], "made_with": {model: {"torch": value}}}
 
     old = module.merged(report("b", 0.02, "old"), report("a", 0.01, "old"))
     found = module.merged(report("a", 0.03, "new"), old)
     assert [(row["model"], row["value"]) for row in found["rows"]] == [("a", "new"), ("b", "old")]
     assert [claim["adjusted"] for claim in found["claims"]] == pytest.approx([0.04, 0.04])
     assert found["made_with"] == {"a": {"torch": "new"}, "b": {"torch": "old"}}
+
+
+def test_new_reducers_come_to_the_rows_that_are_there(script, tmp_path):
+    module = script("minis")
+    settings = yaml.safe_load(Path(module.sweep_of("minis", [], tmp_path, ["mmtok"])).read_text())
+    assert settings["reducers"] == ["random", "mmtok"]
+    assert module.sweep_of("minis", [], tmp_path, ["none_such"]) is None
+
+    def row(reducer, accuracy=0.5, p=0.03):
+        versus = {} if reducer == "random" else {"versus_random": {"p_value": p}}
+        return {"model": "a", "reducer": reducer, "keep": 0.1, "accuracy": {"value": accuracy}, **versus}
+
+    old = {"rows": [row("random"), row("fopru")], "claims": [], "made_with": {"a": {"torch": "old"}}}
+    new = {"rows": [row("random"), row("mmtok")], "claims": [], "made_with": {"a": {"torch": "new"}}}
+    found = module.merged(new, old, ["mmtok"])
+    assert [one["reducer"] for one in found["rows"]] == ["random", "fopru", "mmtok"]
+    assert [one["versus_random"]["adjusted"] for one in found["rows"][1:]] == pytest.approx([0.06, 0.06])
+    assert found["made_with"] == old["made_with"]
+    with pytest.raises(SystemExit, match="answers otherwise"):
+        module.merged({**new, "rows": [row("random", 0.4), row("mmtok")]}, old, ["mmtok"])
 
 
 def test_cells_of_two_versions_are_not_pooled(script, runs, monkeypatch):

@@ -119,5 +119,5 @@ def test_a_killed_command_goes_on(private_cache, tmp_path):
         done = CliRunner().invoke(app, [*options, "--out", str(folder)])
         assert done.exit_code == 0, done.output
     rows, whole = (json.loads((folder / "results.json").read_text())["rows"] for folder in (killed, tmp_path / "whole"))
-    costs = ("prefill_ms", "speedup")
+    costs = ("prefill_ms", "speedup", "speedup_low", "speedup_high")
     assert [{**row, **dict.fromkeys(costs)} for row in rows] == [{**row, **dict.fromkeys(costs)} for row in whole]
