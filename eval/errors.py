@@ -50,6 +50,11 @@ def reason(error: BaseException) -> str:
     return str(inner or error) or type(inner or error).__name__
 
 
+def first_line(text: str) -> str:
+    """What a line on the terminal says of an error."""
+    return (text.splitlines() or ["unknown error"])[0]
+
+
 class DocumentError(RuntimeError):
     """Documents of a task that could not be asked about; the message names them.
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -97,9 +98,14 @@ class Stats:
     @property
     def tokens_per_layer(self) -> float:
         """Visual tokens averaged over the decoder layers."""
+        return sum(self.by_layer) / self.depth
+
+    @property
+    def by_layer(self) -> tuple[int, ...]:
+        """Visual tokens of all images in each decoder layer."""
         ends = [layer for layer, _ in self._groups[1:]] + [self.depth]
-        work = sum((end - layer) * int(kept.sum()) for (layer, kept), end in zip(self._groups, ends, strict=True))
-        return work / self.depth
+        parts = ((end - layer) * [int(kept.sum())] for (layer, kept), end in zip(self._groups, ends, strict=True))
+        return tuple(itertools.chain.from_iterable(parts))
 
     def __str__(self) -> str:
         steps = ", ".join(f"layer {layer}: {sum(kept)}" for layer, kept in self.layers)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,13 +84,12 @@ class SharingRunner(Runner):
 
         def together(questions: Sequence[Question]) -> Sequence[Answer | None]:
             self.team.ask(cell)
-            answer = functools.partial(
-                model.answer, reducer=cell.reducer, log=log, on_broken=broken, batch_size=cell.batch_size
-            )
-            answer(share(questions, cell.batch_size, 0, self.team.size), on_answers=heard)
+            own(share(questions, cell.batch_size, 0, self.team.size))
             while self.team.is_busy:
                 self.team.listen(1.0, answered, self.listener.trouble)
             log.read(self.store.answers(cell.id))
-            return answer(questions)  # from the log, and what a lost process has not answered
+            return rest(questions)  # from the log, and what a lost process has not answered
 
+        own = super().answering(cell, model, log, heard, broken)
+        rest = super().answering(cell, model, log, lambda count: None, broken)  # the log's have been counted
         return together

@@ -76,6 +76,22 @@ def write_file(path: Path, text: str) -> Path:
     return path
 
 
+def template(what: str, file: Path) -> Any:
+    """The template of a page in which everything that came from data is escaped.
+
+    Raises
+    ------
+    MissingExtraError
+        If Jinja is not installed, without which there is no ``what``.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingExtraError(what, "jinja2") from None
+    loader = jinja2.FileSystemLoader(file.parent)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(file.name)
+
+
 def render_html(
     rows: Sequence[Row],
     settings: Mapping[str, Any],
@@ -94,14 +110,8 @@ def render_html(
     remarks : sequence of str
         Sentences for beside them.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError("The report", "jinja2") from None
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     places = dict.fromkeys((row.model, row.task) for row in rows)
-    return environment.get_template("report.html.j2").render(
+    return template("The report", Path(__file__).parent / "templates" / "report.html.j2").render(
         sections=[_section([row for row in rows if (row.model, row.task) == place]) for place in places],
         tasks=list(dict.fromkeys(row.task for row in rows)),
         plotly=plotly_script(),

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vtoken.reducers.base import Reducer
-    from vtoken.stats import Stats
 
 PLAIN = "Describe the picture."
 """What a model is asked where only its pictures are of interest."""
@@ -187,7 +186,7 @@ class Prompt:
             answer=said.text,
             first=said.first,
             whole=said.whole,
-            layers=by_layer(stats),
+            layers=stats.by_layer,
         )
 
 
@@ -200,13 +199,6 @@ class _FirstToken(StoppingCriteria):
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         self.at = self.at or now(self.model)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def by_layer(stats: Stats) -> tuple[int, ...]:
-    """Visual tokens in each decoder layer, of all pictures."""
-    cuts = dict(stats.layers)
-    starts = (max(start for start in cuts if start <= layer) for layer in range(stats.depth))
-    return tuple(sum(cuts[start]) for start in starts)
 
 
 def _part(visual: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from vtoken.compat import cache_of
 from vtoken.engine.cache import cache_bytes
+from vtoken.eval.errors import reason
 from vtoken.eval.model.counts import count_unpruned
 from vtoken.profile.run import Run, run_once, wrapped
 from vtoken.profile.spread import Spread, alternate
@@ -86,7 +87,7 @@ def measure(
             except Exception as error:
                 if name == BARE:
                     raise
-                failed[name] = str(error) or type(error).__name__  # the others go on without it
+                failed[name] = reason(error)  # the others go on without it
             else:
                 runs[name] = partial(once, reducer)
         found = alternate(runs, rounds, warmup=0)

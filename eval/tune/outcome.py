@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from vtoken.eval.errors import first_line
 from vtoken.eval.provenance import surroundings
 from vtoken.eval.sweeps.cells import plain
 from vtoken.eval.tune.costs import BARE, OBJECTIVES, UNITS
@@ -22,7 +23,7 @@ def sentences(tuned: Tuned) -> list[str]:
     """What a user wants to know; the first says whether there is a choice, and which."""
     found = [_choice(tuned, tuned.best) if tuned.best is not None else _none(tuned), *_by_task(tuned), *_more(tuned)]
     failed = [s for s in tuned.race.standings if s.verdict is Verdict.FAILED]
-    return [*found, *(f"{s.setting.name} failed: {_first_line(s.why)}" for s in failed)]
+    return [*found, *(f"{s.setting.name} failed: {first_line(s.why)}" for s in failed)]
 
 
 def _choice(tuned: Tuned, best: Standing) -> str:
@@ -179,7 +180,3 @@ def _asked(tuned: Tuned, units: int) -> str:
 
 def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _first_line(text: str) -> str:
-    return (text.splitlines() or ["unknown error"])[0]

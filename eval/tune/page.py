@@ -8,8 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vtoken.eval.errors import MissingExtraError
-from vtoken.eval.report.page import write_file
+from vtoken.eval.report.page import template, write_file
 from vtoken.eval.report.plot import plotly_script
 from vtoken.eval.tune.costs import OBJECTIVES
 from vtoken.eval.tune.outcome import COLUMNS, as_data, legend, preset, retained_text, sentences, table
@@ -35,13 +34,7 @@ def write(tuned: Tuned, folder: Path, file: Path) -> list[Path]:
 
 def render(tuned: Tuned) -> str:
     """One self-contained page."""
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError("The page", "jinja2") from None
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("tune.html.j2").render(
+    return template("The page", Path(__file__).parent / "templates" / "tune.html.j2").render(
         title=f"vtoken tune: {tuned.model}",
         sentences=sentences(tuned),
         plotly=plotly_script(),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
 WRONG_INPUT = 2
 FAILED = 1
@@ -33,12 +33,12 @@ def err() -> Console:
     return Console(stderr=True)
 
 
-def bar() -> Progress:
-    """A progress bar with the time left, on stderr where that is a terminal."""
+def bar(*columns: ProgressColumn, console: Console | None = None) -> Progress:
+    """Progress bars, by default with the time left, on stderr or another console where that is a terminal."""
     from rich.progress import Progress
 
-    console = err()
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
+    console = console or err()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+from vtoken.cli.console import bar
+from vtoken.eval.errors import first_line
 from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.running.listener import Listener
 from vtoken.eval.store.record import Failure, Result
@@ -38,7 +39,7 @@ class CellProgress(Listener):
         times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
         self.console, self.total, self.count = console, total, 0
-        self.bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.bars = bar(*columns, console=console)
         self.cells = self.bars.add_task("cells", total=total)
         self.aside = self.bars.add_task("", total=None, visible=False)
         self.questions: dict[str, TaskID] = {}
@@ -76,7 +77,7 @@ class CellProgress(Listener):
 
     def failed(self, cell: Cell, failure: Failure) -> None:
         """See `Listener`."""
-        self._line(cell, f"FAILED: {(failure.error.splitlines() or ['unknown error'])[0]}")
+        self._line(cell, f"FAILED: {first_line(failure.error)}")
 
     def waiting(self, cells: Sequence[Cell]) -> None:
         """See `Listener`."""

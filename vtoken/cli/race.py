@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vtoken.cli.console import bar
 from vtoken.eval.model.loading import ModelSpec
 from vtoken.eval.sweeps.cells import Cell
 from vtoken.eval.tune.asking import RaceListener
@@ -24,11 +25,9 @@ class RaceProgress(RaceListener):
     """
 
     def __init__(self, console: Console) -> None:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        times = TimeElapsedColumn(), TimeRemainingColumn()
         self.console = console
-        self.bars = Progress(
-            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-        )
+        self.bars = bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times, console=console)
         self.bar = self.bars.add_task("reading questions", total=None)
 
     def __enter__(self) -> RaceProgress:

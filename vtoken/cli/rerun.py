@@ -70,8 +70,10 @@ def _run(then: Run, folder: Path) -> Run:
 
 
 def _show(then: Run, now: Run, found: Sequence[Difference]) -> None:
+    from vtoken.eval.errors import first_line
+
     console, result = out(), now.record.result
-    what = f"{len(now.samples)} documents" if result else f"failed: {now.error.splitlines()[0]}"
+    what = f"{len(now.samples)} documents" if result else f"failed: {first_line(now.error)}"
     results = [one for one in found if one.is_result]
     verdict = "results differ" if results else "scores, answers and token counts as recorded"
     lines = [f"{then.name} on {then.task}, cell {then.id}: {what}; {verdict}."]

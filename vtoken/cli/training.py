@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vtoken.cli.console import INTERRUPTED, err, out, sentences
+from vtoken.cli.console import INTERRUPTED, bar, err, out, sentences
 
 Model = Annotated[str, typer.Option("-m", "--model", help="Embedded model, folder or hub id; it stays frozen.")]
 Data = Annotated[
@@ -46,7 +46,7 @@ def train_part(
     **numbers
         Of the `Plan`.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     with sentences():
         from vtoken.training.loop import Plan, discard
@@ -55,13 +55,12 @@ def train_part(
         vlm, processor, source = _load(model, data, plan.seed)
         if fresh:
             discard(path)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err(), transient=True, disable=not err().is_terminal) as bars:
-        bar = bars.add_task("training", total=plan.steps)
+    with bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bars:
+        task = bars.add_task("training", total=plan.steps)
 
         def report(step: int, numbers: dict[str, float]) -> None:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-            bars.update(bar, completed=step, description=shown)
+            bars.update(task, completed=step, description=shown)
             if bars.disable and (step % 10 == 0 or step == plan.steps):
                 err().print(f"step {step} of {plan.steps}: {shown}", highlight=False, soft_wrap=True)
 

@@ -120,9 +120,9 @@ def weighed(mask: Any, bias: Tensor, dtype: torch.dtype, causal: bool) -> Tensor
         (B, 1 or Q, k): of the columns that hold or will hold something, the last ones of a window.
     """
     if mask is None:
-        queries, keys = bias.shape[1:]
-        seen = bias.new_ones(1, queries, keys, dtype=torch.bool)
-        mask = (seen.tril(keys - queries) if causal else seen)[:, None]
+        rows, queries, keys = bias.shape
+        every = torch.arange(queries, device=bias.device).expand(rows, -1)
+        mask = masks.rows_seen(None, every, (queries, keys), causal)
     columns = mask.shape[-1] - bias.shape[-1]
     bias = pad(bias, (0, columns)) if columns > 0 else bias[..., -columns:]  # a static buffer, or a window
     bias, seen = bias[:, None].to(dtype), masks.seen_in(mask)

@@ -91,13 +91,14 @@ def thin(features: Tensor, order: Tensor, target: Tensor, valid: Tensor) -> Tens
     thinned = []
     for x, listed, wanted, there in zip(features, order, target.tolist(), valid, strict=True):
         tokens = listed[listed >= 0]
-        thinned.append(tokens[_thinned(Cosines(x[tokens][None], there[tokens][None]).whole(), wanted)])
+        thinned.append(tokens[_thinned(Cosines(x[tokens][None], there[tokens][None]), wanted)])
     return pad_sequence(thinned, batch_first=True, padding_value=-1)
 
 
 def _thinned(cosines: Cosines, target: int) -> Tensor:
     """(K,) long: which of the (1, N) listed tokens are left, in list order."""
     order = torch.arange(cosines.shape[1], device=cosines.inverse.device)
+    cosines = cosines.whole() if len(order) > target else cosines  # of a list that is short enough nothing is asked
     with one_thread(order.device, order.numel() * NEAREST):
         while len(order) > target:
             near, half = _Neighbours(cosines, order), len(order) // 2  # of fewer tokens, other ones are near
