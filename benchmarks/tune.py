@@ -23,7 +23,6 @@ import torch
 from harness import arguments, save
 from mini_models import inputs_of, score
 
-import vtoken
 from vtoken.eval.comparison.statistics import paired
 from vtoken.eval.store.results import Store
 from vtoken.eval.sweeps.sweep import load_sweep, shipped_sweep
@@ -35,6 +34,7 @@ from vtoken.eval.tune.tuning import Tuned, candidates, run, tune
 from vtoken.eval.tune.units import looks
 from vtoken.mini import load
 from vtoken.mini.documents import Document, held_out
+from vtoken.profile.run import wrapped
 
 CASES = {
     "mini-llava": ("exist", "attr"),
@@ -65,11 +65,8 @@ def answered(name: str, documents: list[Document], reducers: dict[str, Any]) -> 
         batch = documents[start : start + BATCH]
         inputs = inputs_of(processor, batch, blind=False)
         for label, reducer in {BARE: None, **reducers}.items():
-            if reducer is not None:
-                vtoken.wrap(model, reducer)
-            out = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
-            if reducer is not None:
-                vtoken.unwrap(model)
+            with wrapped(model, reducer):
+                out = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
             texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             scores.setdefault(label, []).extend(
                 score(document, text.strip()) for document, text in zip(batch, texts, strict=True)

@@ -80,10 +80,6 @@ class Cell:
             versions=versions(),
         )
 
-    def config(self) -> dict[str, Any]:
-        """`identity` as plain data."""
-        return self.identity.model_dump()
-
     @functools.cached_property
     def id(self) -> str:
         """Content hash of `identity`."""

@@ -50,7 +50,8 @@ def test_the_number_of_the_device_does_not(make_cell):
 def test_equal_cells_have_equal_ids_and_plain_configs(make_cell):
     cell = make_cell({"reducer": "chain", "stages": [{"reducer": "idpruner", "keep": 0.5}, {"reducer": "todre"}]})
     assert cell.id == dataclasses.replace(cell).id
-    assert json.loads(json.dumps(cell.config())) == cell.config()
+    config = cell.identity.model_dump()
+    assert json.loads(json.dumps(config)) == config
 
 
 def test_editing_a_reducer_outside_of_the_package_changes_the_id(make_cell, tmp_path, monkeypatch):
@@ -127,4 +128,4 @@ def test_a_retrained_checkpoint_is_another_cell(make_cell, tmp_path):
     assert ids() == first
     path.write_bytes(b"two")
     assert all(a != b for a, b in zip(first, ids(), strict=True))
-    assert make_cell("dyvte").config()["reducer_files"] == ""
+    assert make_cell("dyvte").identity.reducer_files == ""
